@@ -1,0 +1,71 @@
+"""The engine's configuration. Pure values: nothing here reads a file, the environment or torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+from loramux.engine.errors import InvalidConfig
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LANE_GROUP = 8  # ranks handed out together; an adapter takes ceil(rank / 8) groups
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine process is started with."""
+
+    model: str  # local folder
+    dtype: str = "auto"  # auto = the checkpoint's, with float16 run as bfloat16 on a CPU
+    device: str = "auto"  # auto | cpu | cuda
+    max_model_len: int | None = None  # tokens; None = the model's own limit
+    max_num_seqs: int = 128  # sequences that run at the same time
+    max_num_batched_tokens: int = 2048  # tokens computed in one step
+    block_size: int = 16  # tokens a KV block
+    num_kv_blocks: int | None = None  # None = from kv_cache_bytes
+    kv_cache_bytes: int = 1 << 30  # CPU only; a GPU takes what gpu_memory_utilization leaves
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    seed: int = 0  # for requests that bring none
+    num_threads: int | None = None  # CPU compute threads; None = one a physical core
+    enable_lora: bool = False
+    max_loras: int = 8  # with default_pool_rank, the size of the lane pool
+    max_lora_rank: int = 256  # an adapter above it is refused
+    num_lanes: int | None = None  # None = max_loras * LANE_POOL_RANK
+    lora_dtype: str = "auto"  # auto = the model's
+
+    def __post_init__(self) -> None:
+        positive = (
+            ("max_num_seqs", "--max-num-seqs"),
+            ("max_num_batched_tokens", "--max-num-batched-tokens"),
+            ("block_size", "--block-size"),
+            ("max_loras", "--max-loras"),
+            ("max_lora_rank", "--max-lora-rank"),
+            ("max_model_len", "--max-model-len"),
+            ("num_kv_blocks", "--num-gpu-blocks-override"),
+            ("num_threads", "--num-threads"),
+            ("kv_cache_bytes", "--kv-cache-bytes"),
+        )
+        for field, flag in positive:
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise InvalidConfig(f"{flag} must be at least 1, got {value}", param=flag)
+        for field, flag in (("dtype", "--dtype"), ("lora_dtype", "--lora-dtype")):
+            value = getattr(self, field)
+            if value not in DTYPES:
+                raise InvalidConfig(f"{flag} must be one of {', '.join(DTYPES)}, got {value!r}", param=flag)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise InvalidConfig(
+                f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}",
+                param="--gpu-memory-utilization",
+            )
+
+    @property
+    def lane_pool(self) -> int:
+        """Lanes (rank rows) of the device pool, a multiple of LANE_GROUP; 0 without LoRA."""
+        if not self.enable_lora:
+            return 0
+        wanted = self.num_lanes or self.max_loras * min(LANE_POOL_RANK, self.max_lora_rank)
+        largest = max(wanted, self.max_lora_rank if self.num_lanes is None else LANE_GROUP)
+        return -(-largest // LANE_GROUP) * LANE_GROUP
+
+
+LANE_POOL_RANK = 64  # the pool holds max_loras adapters of this rank; smaller ones pack tighter

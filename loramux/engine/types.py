@@ -1,0 +1,133 @@
+"""The values that cross the engine's border: requests in, tokens out, adapters by digest.
+
+Everything here is frozen and made of plain values, so that it can be sent between processes as it
+is. Text never appears: the server turns text into token ids and back.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How one sequence is sampled; everything in token ids, already validated.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1.0 and `min_p` 0.0 are off.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    bad_words_token_ids: list[list[int]] = []
+    eos_token_ids: list[int] = []  # end the sequence with stop_reason None; empty under ignore_eos
+    stop_token_ids: list[int] = []  # end the sequence with the id as stop_reason
+    logprobs: int | None = None  # top-k alternatives beside the sampled token; None = off
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate, as the engine sees it."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: TokenSampling
+    adapter: str | None = None  # content digest of a loaded adapter; None = the base model
+    cache_salt: str = ""  # requests share prefix KV only with requests of the same salt
+    priority: int = 0  # reserved: the scheduler is first come, first served
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, from the raw logits (before any processing).
+
+    `token_ids[0]` is the chosen token (or the prompt's); the others are the top-k, best first.
+    `rank` is the chosen token's 1-based rank in the vocabulary.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one sequence."""
+
+    request_id: str
+    token_ids: list[int]  # new tokens, usually one
+    finish_reason: str | None = None  # "stop", "length" or "abort"; None while it runs
+    stop_reason: int | None = None  # the stop_token_id that ended it; None for EOS
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    logprobs: list[TokenLogprobs] | None = None  # one a new token, when asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, when asked for
+
+
+class LoraModule(msgspec.Struct, frozen=True, array_like=True):
+    """The two tensors of one wrapped linear layer and how to read them."""
+
+    module: str  # path inside the base model, e.g. model.layers.3.self_attn.q_proj
+    rank: int
+    scale: float  # alpha / rank, or alpha / sqrt(rank) with rsLoRA; folded into B at load
+    key_a: str  # tensor key of A, [rank, in_features]
+    key_b: str  # tensor key of B, [out_features, rank]
+    file: str  # safetensors file, relative to the adapter's folder
+
+
+class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that passed inspection: everything the engine needs to read it."""
+
+    digest: str  # sha256 hex over the canonical config and all tensor bytes
+    path: str  # local folder
+    rank: int  # the largest rank of any module
+    nbytes: int  # tensor bytes on disk
+    modules: list[LoraModule]
+    base_model: str | None = None  # what the config says it was trained on
+
+
+class LoraSite(msgspec.Struct, frozen=True, array_like=True):
+    """A linear layer of the base model that an adapter may target."""
+
+    in_features: int
+    out_features: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine tells about itself once it can take requests."""
+
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+    enable_lora: bool
+    max_lora_rank: int
+    num_lanes: int
+    lora_sites: dict[str, LoraSite]  # module path -> shape, every layer spelled out
+    load_seconds: float
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine's load."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preemptions: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_cache_queries: int = 0  # tokens
+    prefix_cache_hits: int = 0  # tokens
+    lanes_used: int = 0
+    lanes_total: int = 0
+    running_adapters: list[str] = []  # digests
+    waiting_adapters: list[str] = []
+    device_adapters: list[str] = []
+    host_adapters: list[str] = []
