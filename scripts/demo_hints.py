@@ -1,0 +1,57 @@
+"""Wait until the demo server is ready, then print three commands to try.
+
+usage: demo_hints.py URL PID. Standard library only. Ends when the server's process (PID) does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+
+ASK = """
+  curl -s {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{model}", "temperature": 0, "max_tokens": 60, "messages": [{{"role": "user", "content": "{text}"}}]}}'
+"""
+QUESTIONS = (
+    ("smollm2", "What is the capital of France?"),
+    ("pirate", "What is the capital of France?"),
+    ("json", "Anna is 31 years old and lives in Oslo."),
+)
+
+
+def is_ready(url: str) -> bool:
+    """True once the server answers /ready with 200."""
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def is_running(pid: int) -> bool:
+    """True while the process exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Poll, then print."""
+    url, pid = sys.argv[1], int(sys.argv[2])
+    while not is_ready(url):
+        if not is_running(pid):
+            return
+        time.sleep(0.2)
+    print("\nThe server is ready. In another terminal, try the base model and two of its adapters:")
+    for model, text in QUESTIONS:
+        print(ASK.format(url=url, model=model, text=text), end="")
+    print("\nCtrl-C ends the server.", flush=True)
+
+
+if __name__ == "__main__":
+    main()
