@@ -16,8 +16,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import msgspec
 import zmq
@@ -35,15 +37,24 @@ logger = logging.getLogger(__name__)
 # they wait turn a 0.6 ms linear into 4-12 ms when a neighbour is busy. Set before torch is imported.
 _CHILD_ENV = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 _STOP_TIMEOUT_S = 5.0
+_LAST_FRAME_TIMEOUT_S = 0.5  # for the reason that a process sent just before it ended
 
 _Stream = asyncio.Queue[SequenceOutput | LoramuxError]
 
+ENGINE_COMMAND = (sys.executable, "-m", "loramux.engine.process")
+
 
 class EngineClient:
-    """One engine process, as the server sees it."""
+    """One engine process, as the server sees it.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Args:
+        config: what the process is started with.
+        command: the program that is the engine; it gets the socket's address and the config as JSON.
+    """
+
+    def __init__(self, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND) -> None:
         self.config = config
+        self._command = command
         self.last_heartbeat_s = time.monotonic()  # when the engine last said anything
         self._info: EngineInfo | None = None
         self._dead: EngineDead | None = None
@@ -96,9 +107,7 @@ class EngineClient:
         self._socket.bind(address)
         self._ready = loop.create_future()
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "loramux.engine.process",
+            *self._command,
             address,
             msgspec.json.encode(self.config).decode(),
             env={**_CHILD_ENV, **os.environ},
@@ -143,23 +152,13 @@ class EngineClient:
             LoramuxError: the engine refused the request.
             EngineDead: the engine process ended.
         """
-        stream: _Stream = asyncio.Queue()
-        assert request.request_id not in self._streams, f"request id {request.request_id} is in use"
-        self._streams[request.request_id] = stream
-        finished = False
-        try:
-            await self._send([messages.AddRequest(request)])
-            while not finished:
-                item = await stream.get()
-                if isinstance(item, LoramuxError):
-                    finished = True
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
-        finally:
-            self._streams.pop(request.request_id, None)
-            if not finished and self.is_alive:
-                self._send_soon([messages.Abort([request.request_id])])
+        async with self.open([request]) as sequences:
+            async for output in sequences:
+                yield output
+
+    def open(self, requests: Sequence[Request]) -> SequenceStream:
+        """Start several sequences together; their outputs come in one iterator, interleaved."""
+        return SequenceStream(self, requests)
 
     async def load_adapter(self, spec: AdapterSpec) -> None:
         """Read an adapter into the engine; returns when requests may use its digest.
@@ -197,7 +196,7 @@ class EngineClient:
 
     async def _send(self, batch: list[ToEngine]) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise EngineDead(self._dead.message)
         assert self._socket is not None, "start() first"
         await self._socket.send(messages.encode(batch))
 
@@ -230,32 +229,99 @@ class EngineClient:
                 if future is not None and not future.done():
                     future.set_result(message)
             case messages.Ready(info):
-                assert self._ready is not None
-                self._ready.set_result(info)
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(info)
             case messages.StartFailed(error, text, param):
-                assert self._ready is not None
-                self._ready.set_exception(from_wire(error, text, param))
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_exception(from_wire(error, text, param))
             case messages.Heartbeat():
                 pass
 
     async def _watch_process(self) -> None:
         assert self._process is not None
+        assert self._ready is not None
         code = await self._process.wait()
-        if not self._stopping:
-            await asyncio.sleep(0)  # let a last frame (StartFailed) be read first
+        if not self._ready.done():  # let a last frame (StartFailed) be read first
+            await asyncio.wait([self._ready], timeout=_LAST_FRAME_TIMEOUT_S)
+        if self.is_alive and not self._stopping:
             logger.error("the engine process ended", extra={"exit": _describe_exit(code)})
         self._fail_everything(f"the engine process ended ({_describe_exit(code)})")
 
     def _fail_everything(self, why: str) -> None:
         self._dead = self._dead or EngineDead(why)
         self._died.set()
-        for stream in self._streams.values():
-            stream.put_nowait(self._dead)
+        for stream in set(self._streams.values()):
+            stream.put_nowait(EngineDead(why))  # one each: a raised exception keeps its traceback
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(self._dead)
+                future.set_exception(EngineDead(why))
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(self._dead)
+
+
+class SequenceStream:
+    """The outputs of sequences that were started together: an async context manager and iterator.
+
+    Leaving the context aborts in the engine, within one step, whatever still runs.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
+        self._client = client
+        self._requests = requests
+        self._queue: _Stream = asyncio.Queue()
+        self._running: set[str] = set()
+
+    async def __aenter__(self) -> Self:
+        """Send the requests, in one frame."""
+        for request in self._requests:
+            assert request.request_id not in self._client._streams, f"{request.request_id} is in use"
+        self._running = {request.request_id for request in self._requests}
+        self._client._streams.update(dict.fromkeys(self._running, self._queue))
+        try:
+            await self._client._send([messages.AddRequest(request) for request in self._requests])
+        except BaseException:
+            self.abort(*self._running)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Abort what has not ended."""
+        self.abort(*self._running)
+
+    def __aiter__(self) -> Self:
+        """The stream is its own iterator."""
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        """The next output of any sequence.
+
+        Raises:
+            StopAsyncIteration: every sequence has ended.
+            LoramuxError: the engine refused one of them, or is gone.
+        """
+        while self._running:
+            item = await self._queue.get()
+            if isinstance(item, LoramuxError):
+                raise item
+            if item.request_id in self._running:  # else: aborted while it was on its way
+                if item.finish_reason is not None:
+                    self._forget(item.request_id)
+                return item
+        raise StopAsyncIteration
+
+    def abort(self, *request_ids: str) -> None:
+        """Stop these sequences; nothing more of them is returned."""
+        running = self._running.intersection(request_ids)
+        for request_id in running:
+            self._forget(request_id)
+        if running and self._client.is_alive:
+            self._client._send_soon([messages.Abort(sorted(running))])
+
+    def _forget(self, request_id: str) -> None:
+        self._running.discard(request_id)
+        self._client._streams.pop(request_id, None)
 
 
 def _describe_exit(code: int) -> str:
