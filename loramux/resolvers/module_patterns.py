@@ -1,0 +1,138 @@
+"""Which modules an adapter's config selects, and with which rank and alpha: PEFT's own rules.
+
+Names are module paths inside the base model, such as `model.layers.3.self_attn.q_proj`.
+
+Source: PEFT 0.21, `check_target_module_exists` and `_maybe_include_all_linear_layers`
+(`peft/tuners/tuners_utils.py`), `get_pattern_key` (`peft/utils/other.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final, TypeVar
+
+from loramux.resolvers import regex_match
+from loramux.resolvers.peft_config import LoraSettings
+from loramux.resolvers.refusal import config_refused, shown
+from loramux.resolvers.regex_match import Answer, Match, Query
+
+_ALL_LINEAR: Final = "all-linear"
+_OUTPUT_HEADS: Final = frozenset({"lm_head"})
+_ANY_LAYER: Final = r".*?\.[^.]*\.(?P<idx>\d+)\."  # the first number in the path is the layer
+# A plain name, perhaps anchored: no repetition and no choice, so matching it takes no time.
+_PLAIN: Final = re.compile(r"\^?(?:[\w.\-]|\\\.)*\$?", re.ASCII)
+_MATCH_TIMEOUT_S: Final = 5.0  # real expressions take milliseconds over a model's modules
+
+_T = TypeVar("_T")
+
+
+def selected_modules(settings: LoraSettings, modules: Collection[str]) -> set[str]:
+    """The modules of the base model that the adapter was trained on.
+
+    Raises:
+        AdapterIncompatible: a regular expression is invalid or takes too long.
+    """
+    candidates = sorted(set(modules) - _excluded(settings, modules))
+    target = settings.target_modules
+    if isinstance(target, str):
+        if target.lower() == _ALL_LINEAR:
+            return {module for module in candidates if module not in _OUTPUT_HEADS}
+        matches = _matches("target_modules", [target], candidates, is_full=True)
+        return {module for module, match in zip(candidates, matches, strict=True) if match}
+    targets = frozenset(target)
+    by_suffix = [module for module in candidates if not targets.isdisjoint(_suffixes(module))]
+    # layers_to_transform narrows suffixes only: a full path already names its layer.
+    chosen = {module for module in by_suffix if module in targets}
+    return chosen | _in_layers(settings, by_suffix)
+
+
+def by_pattern(field: str, pattern: Mapping[str, _T], default: _T, modules: Sequence[str]) -> list[_T]:
+    """The value of the first key that matches the end of each module's path, else `default`.
+
+    Raises:
+        AdapterIncompatible: a key is no valid regular expression or takes too long.
+    """
+    keys = list(pattern)
+    wrapped = [rf"(.*\.)?({key})$" for key in keys]
+    matches = _matches(field, wrapped, modules, is_full=False, are_plain=all(map(_PLAIN.fullmatch, keys)))
+    return [
+        pattern[keys[match.position]] if match else pattern.get(module, default)
+        for module, match in zip(modules, matches, strict=True)
+    ]
+
+
+def _excluded(settings: LoraSettings, modules: Collection[str]) -> set[str]:
+    exclude = settings.exclude_modules
+    if not exclude:
+        return set()
+    if isinstance(exclude, str):
+        names = list(modules)
+        matches = _matches("exclude_modules", [exclude], names, is_full=True)
+        return {name for name, match in zip(names, matches, strict=True) if match}
+    names_to_exclude = frozenset(exclude)
+    return {module for module in modules if not names_to_exclude.isdisjoint(_suffixes(module))}
+
+
+def _suffixes(module: str) -> list[str]:
+    """The path itself and what follows each of its dots."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _in_layers(settings: LoraSettings, modules: list[str]) -> set[str]:
+    layers = frozenset(settings.layers_to_transform)
+    if not layers:
+        return set(modules)
+    regexes = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in settings.layers_pattern]
+    matches = _matches(
+        "layers_pattern",
+        regexes or [_ANY_LAYER],
+        modules,
+        is_full=False,
+        are_plain=all(map(_PLAIN.fullmatch, settings.layers_pattern)),
+    )
+    return {
+        module
+        for module, match in zip(modules, matches, strict=True)
+        if match and match.layer is not None and int(match.layer) in layers
+    }
+
+
+def _matches(
+    field: str, regexes: list[str], names: Sequence[str], *, is_full: bool, are_plain: bool | None = None
+) -> list[Match | None]:
+    """For each name, the first expression that matches it.
+
+    `are_plain` tells that the adapter's part of the expressions is plain names; None = look.
+    """
+    if not regexes or not names:
+        return [None] * len(names)
+    query: Query = {"regexes": regexes, "names": list(names), "is_full": is_full}
+    is_plain = all(map(_PLAIN.fullmatch, regexes)) if are_plain is None else are_plain
+    answer = regex_match.answer(query) if is_plain else _ask_child(field, query)
+    if answer["error"] is not None:
+        raise config_refused(field, f"cannot be used: {shown(answer['error'])}")
+    return answer["matches"]
+
+
+def _ask_child(field: str, query: Query) -> Answer:
+    command = [sys.executable, "-I", "-S", regex_match.__file__]
+    try:
+        child = subprocess.run(
+            command, input=json.dumps(query).encode(), capture_output=True, timeout=_MATCH_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise config_refused(
+            field, f"holds a regular expression that takes more than {_MATCH_TIMEOUT_S:.0f} s to match"
+        ) from None
+    if child.returncode != 0:
+        raise config_refused(
+            field, "holds a regular expression that cannot be matched within the memory limit"
+        )
+    answer: Answer = json.loads(child.stdout)
+    answer["matches"] = [Match(*match) if match else None for match in answer["matches"]]
+    return answer
