@@ -171,7 +171,7 @@ class EngineClient:
         await self._call(call_id, messages.LoadAdapter(call_id, spec))
 
     async def unload_adapter(self, digest: str) -> None:
-        """Forget an adapter; returns when its last sequence has ended and its memory is free."""
+        """Refuse new requests for an adapter at once; its memory goes with its last sequence."""
         call_id = next(self._call_ids)
         await self._call(call_id, messages.UnloadAdapter(call_id, digest))
 

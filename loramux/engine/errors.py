@@ -85,9 +85,7 @@ def _subclasses(cls: type[LoramuxError]) -> list[type[LoramuxError]]:
     return [cls, *(deeper for sub in cls.__subclasses__() for deeper in _subclasses(sub))]
 
 
-_BY_NAME: Final[dict[str, type[LoramuxError]]] = {
-    cls.__name__: cls for cls in _subclasses(LoramuxError)
-}
+_BY_NAME: Final[dict[str, type[LoramuxError]]] = {cls.__name__: cls for cls in _subclasses(LoramuxError)}
 
 
 def from_wire(name: str, message: str, param: str | None) -> LoramuxError:

@@ -5,6 +5,8 @@ One frame is one msgpack-encoded list of messages; the engine sends at most one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from loramux.engine.types import AdapterSpec, EngineInfo, EngineStats, Request, SequenceOutput
@@ -30,7 +32,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load", array_like=True):
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload", array_like=True):
-    """Forget an adapter once its last sequence has ended; answered by `Reply`."""
+    """Refuse new requests for an adapter; it goes with its last sequence. Answered by `Reply`."""
 
     call_id: int
     digest: str
@@ -99,7 +101,7 @@ _to_engine = msgspec.msgpack.Decoder(list[ToEngine])
 _from_engine = msgspec.msgpack.Decoder(list[FromEngine])
 
 
-def encode(messages: list[ToEngine] | list[FromEngine]) -> bytes:
+def encode(messages: Sequence[ToEngine | FromEngine]) -> bytes:
     """One frame."""
     return _encoder.encode(messages)
 

@@ -1,0 +1,190 @@
+"""The engine: a scheduler that decides and a runner that computes, one step at a time.
+
+`Engine` knows nothing of processes or sockets. The server drives it through `process.py`; the
+offline `LLM` and the tests call it directly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from loramux.engine.adapters.lanes import LaneTable
+from loramux.engine.adapters.store import AdapterStore
+from loramux.engine.adapters.weights import HostAdapter
+from loramux.engine.block_manager import BlockManager
+from loramux.engine.config import EngineConfig
+from loramux.engine.errors import (
+    AdapterIncompatible,
+    AdapterNotFound,
+    ContextTooLong,
+    InvalidConfig,
+    InvalidRequest,
+)
+from loramux.engine.model_runner import ModelRunner
+from loramux.engine.scheduler import Scheduler
+from loramux.engine.types import AdapterSpec, EngineInfo, EngineStats, Request, SequenceOutput
+
+
+class Engine:
+    """One model replica: requests in, tokens out."""
+
+    def __init__(self, config: EngineConfig, on_layer: Callable[[int, int], None] | None = None) -> None:
+        """Load the model.
+
+        Args:
+            on_layer: called with (layers loaded, layers in all), for a progress bar.
+
+        Raises:
+            UnsupportedModel, InvalidConfig: the model cannot be served as configured.
+        """
+        started = time.monotonic()
+        self.config = config
+        self.runner = ModelRunner(config, on_layer)
+        self.adapters = AdapterStore(LaneTable(config.lane_pool))
+        rope = self.runner.model_config.rope
+        self.scheduler = Scheduler(
+            blocks=BlockManager(
+                self.runner.num_kv_blocks,
+                config.block_size,
+                enable_prefix_caching=config.enable_prefix_caching,
+            ),
+            adapters=self.adapters,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            shared_prefix_limit=rope.original_max_position if rope and rope.kind == "dynamic" else None,
+        )
+        self.info = self._describe(time.monotonic() - started)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it can never be served (the server checks this too, with the user's words).
+            AdapterNotFound: its digest is not loaded.
+        """
+        num_prompt = len(request.prompt_token_ids)
+        if num_prompt == 0:
+            raise InvalidRequest("the prompt must hold at least 1 token", param="prompt")
+        if num_prompt >= self.info.max_model_len:
+            raise ContextTooLong(
+                f"This model's maximum context length is {self.info.max_model_len} tokens. However, your "
+                f"prompt contains {num_prompt} input tokens, which leaves no room for an output token.",
+                param="prompt",
+            )
+        if num_prompt + request.sampling.max_tokens > self.info.max_model_len:
+            raise ContextTooLong(
+                f"This model's maximum context length is {self.info.max_model_len} tokens. However, you "
+                f"requested {request.sampling.max_tokens} output tokens after {num_prompt} input tokens.",
+                param="max_tokens",
+            )
+        largest = max(request.prompt_token_ids)
+        if largest >= self.info.vocab_size or min(request.prompt_token_ids) < 0:
+            raise InvalidRequest(
+                f"Token id {largest} is out of vocabulary ({self.info.vocab_size} tokens)", param="prompt"
+            )
+        if request.adapter is not None and not self.adapters.is_loaded(request.adapter):
+            raise AdapterNotFound(f"adapter {request.adapter[:12]} is not loaded", param="model")
+        self.scheduler.add(request, time.monotonic())
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop sequences; unknown ids (already finished) are fine."""
+        for request_id in request_ids:
+            digest = self.scheduler.abort(request_id)
+            if digest is not None:
+                self.runner.remove_adapter(digest)
+
+    def has_work(self) -> bool:
+        """True while any sequence is waiting or running."""
+        return self.scheduler.has_work()
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one batch: at most one forward pass, at most one new token a sequence."""
+        batch = self.scheduler.schedule(time.monotonic())  # who runs, with which blocks and lanes
+        if batch is None:
+            return []
+        result = self.runner.execute(batch)  # the only call that touches the device
+        outputs, gone = self.scheduler.update(batch, result)  # append, finish, release
+        for digest in gone:
+            self.runner.remove_adapter(digest)
+        return outputs
+
+    def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
+        """Read an adapter's files into host memory; safe in another thread.
+
+        Raises:
+            InvalidConfig: the engine was started without LoRA.
+            AdapterIncompatible, AdapterNotFound: its files are not what the inspection saw, or it
+                does not fit into the lane pool.
+        """
+        if not self.config.enable_lora:
+            raise InvalidConfig(
+                "LoRA is not enabled. Use --enable-lora to enable LoRA.", param="--enable-lora"
+            )
+        if spec.rank > self.config.max_lora_rank:
+            raise AdapterIncompatible(
+                f"LoRA rank {spec.rank} is greater than max_lora_rank {self.config.max_lora_rank}; "
+                "raise --max-lora-rank"
+            )
+        if not self.adapters.lanes.fits(spec.rank):
+            raise AdapterIncompatible(
+                f"LoRA rank {spec.rank} needs more than the {self.config.lane_pool} lanes of the pool; "
+                "raise --max-loras or --num-lanes"
+            )
+        return self.runner.read_adapter(spec)
+
+    def add_adapter(self, adapter: HostAdapter) -> None:
+        """Let requests use an adapter that was read. A digest that is there already changes nothing."""
+        if self.adapters.add(adapter.digest, adapter.rank):
+            self.runner.add_adapter(adapter)
+
+    def load_adapter(self, spec: AdapterSpec) -> None:
+        """`read_adapter` and `add_adapter` in one call."""
+        self.add_adapter(self.read_adapter(spec))
+
+    def unload_adapter(self, digest: str) -> None:
+        """Refuse new requests at once; free everything when the last running one ends.
+
+        Raises:
+            AdapterNotFound: it is not loaded.
+        """
+        if not self.adapters.is_loaded(digest):
+            raise AdapterNotFound(f"adapter {digest[:12]} is not loaded")
+        if self.adapters.retire(digest):
+            self.runner.remove_adapter(digest)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the load."""
+        s = self.scheduler
+        return EngineStats(
+            num_running=len(s.running),
+            num_waiting=len(s.waiting),
+            num_preemptions=s.num_preemptions,
+            kv_blocks_used=s.blocks.num_used,
+            kv_blocks_total=s.blocks.num_blocks,
+            prefix_cache_queries=s.prefix_queries,
+            prefix_cache_hits=s.prefix_hits,
+            lanes_used=self.adapters.lanes.num_used,
+            lanes_total=self.adapters.lanes.num_lanes,
+            running_adapters=sorted({seq.adapter for seq in s.running if seq.adapter}),
+            waiting_adapters=sorted({seq.adapter for seq in s.waiting if seq.adapter}),
+            device_adapters=self.adapters.lanes.residents,
+            host_adapters=self.adapters.loaded,
+        )
+
+    def _describe(self, load_seconds: float) -> EngineInfo:
+        model = self.runner.model_config
+        return EngineInfo(
+            architecture=model.architecture,
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+            device=str(self.runner.device),
+            vocab_size=model.vocab_size,
+            max_model_len=self.runner.max_model_len,
+            num_kv_blocks=self.runner.num_kv_blocks,
+            block_size=self.config.block_size,
+            enable_lora=self.config.enable_lora,
+            max_lora_rank=self.config.max_lora_rank,
+            num_lanes=self.config.lane_pool,
+            lora_sites=model.lora_sites() if self.config.enable_lora else {},
+            load_seconds=load_seconds,
+        )

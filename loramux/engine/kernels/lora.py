@@ -1,0 +1,125 @@
+"""LoRA over rank lanes: what one wrapped site adds to its base output.
+
+    out[t, part] += (x[t] · A[lane, part]ᵀ) · B_part[lane]     summed over the lanes of t's adapter
+
+The pool of a site holds one A row a lane and part (a fused site such as qkv has several parts that
+share their input) and one B row a lane and part; alpha / rank is already folded into B. A token's
+adapter owns consecutive lanes [first, first + rank); base tokens own none.
+
+Two regimes, chosen by `plan_lora` from the number of tokens:
+
+- few tokens (decode): one shrink over the pool's prefix that is in use, a mask that keeps each
+  token's own lanes, one expand a part. Operator dispatch dominates, so fewer and larger is faster.
+- many tokens (prompt chunks): tokens of one adapter are consecutive; each segment is shrunk and
+  expanded with its true rank, so arithmetic is not multiplied by the number of adapters resident.
+
+`reference_lora` says the same token by token and is what the tests hold both regimes to. Adapters
+hold finite numbers only (checked at load), so a masked lane contributes exactly zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASKED_MAX_TOKENS = 64  # above it a token range is computed segment by segment
+
+
+@dataclass(frozen=True, slots=True)
+class SiteLanes:
+    """The pool of one site in one layer."""
+
+    a: Tensor  # [num_lanes, num_parts, in_features]
+    b: list[Tensor]  # one a part: [num_lanes, out_features of the part]
+    offsets: list[int]  # where each part starts in the fused output; one more for the end
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one adapter."""
+
+    begin: int
+    end: int
+    first_lane: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedRange:
+    """Consecutive tokens, mixed adapters and base, computed together."""
+
+    begin: int
+    end: int
+    num_lanes: int  # prefix of the pool that holds every lane in use here
+    mask: Tensor  # [end - begin, num_lanes, 1], model dtype: 1 on a token's own lanes
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInput:
+    """A step's LoRA work; the same at every site."""
+
+    masked: MaskedRange | None
+    segments: list[Segment]
+
+
+def plan_lora(
+    segments: list[Segment], num_decode_tokens: int, *, dtype: torch.dtype, device: torch.device
+) -> LoraInput | None:
+    """Choose the regime of each token range; None when no token has an adapter.
+
+    Args:
+        segments: maximal runs of one adapter in token order, base tokens left out; a run never
+            crosses `num_decode_tokens`, and decode tokens come first.
+    """
+    if not segments:
+        return None
+    decode = [s for s in segments if s.end <= num_decode_tokens]
+    prompts = [s for s in segments if s.end > num_decode_tokens]
+    if len(decode) <= 1 or decode[-1].end - decode[0].begin > MASKED_MAX_TOKENS * len(decode):
+        return LoraInput(None, segments)
+    begin, end = decode[0].begin, decode[-1].end
+    num_lanes = max(s.first_lane + s.rank for s in decode)
+    mask = torch.zeros((end - begin, num_lanes, 1), dtype=dtype)
+    for s in decode:
+        mask[s.begin - begin : s.end - begin, s.first_lane : s.first_lane + s.rank] = 1
+    return LoraInput(MaskedRange(begin, end, num_lanes, mask.to(device)), prompts)
+
+
+def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None:
+    """Add the module's equation to `out` in place.
+
+    Args:
+        out: [num_tokens, sum of the parts' out_features], the base output
+        x: [num_tokens, in_features], the site's input
+    """
+    if plan.masked is not None:
+        r = plan.masked
+        shrunk = _shrink(x[r.begin : r.end], site.a[: r.num_lanes]).mul_(r.mask)
+        _expand(out[r.begin : r.end], shrunk, site, slice(0, r.num_lanes))
+    for s in plan.segments:
+        lanes = slice(s.first_lane, s.first_lane + s.rank)
+        _expand(out[s.begin : s.end], _shrink(x[s.begin : s.end], site.a[lanes]), site, lanes)
+
+
+def _shrink(x: Tensor, a: Tensor) -> Tensor:
+    """[num_tokens, num_lanes, num_parts] = x · aᵀ."""
+    num_lanes, num_parts, in_features = a.shape
+    flat = a.view(num_lanes * num_parts, in_features)
+    return torch.nn.functional.linear(x, flat).view(-1, num_lanes, num_parts)
+
+
+def _expand(out: Tensor, shrunk: Tensor, site: SiteLanes, lanes: slice) -> None:
+    for part, b in enumerate(site.b):
+        out[:, site.offsets[part] : site.offsets[part + 1]].addmm_(shrunk[:, :, part], b[lanes])
+
+
+def reference_lora(out: Tensor, x: Tensor, site: SiteLanes, segments: list[Segment]) -> None:
+    """The equation, token by token, part by part."""
+    for s in segments:
+        for token in range(s.begin, s.end):
+            for part, b in enumerate(site.b):
+                for lane in range(s.first_lane, s.first_lane + s.rank):
+                    h = x[token] @ site.a[lane, part]
+                    out[token, site.offsets[part] : site.offsets[part + 1]] += h * b[lane]

@@ -1,0 +1,74 @@
+"""Linear layers of the base model, and the sites where an adapter may attach."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
+
+
+class Linear:
+    """y = x · Wᵀ + b, with the weight in the layout that this device computes fastest.
+
+    On a CPU in bfloat16 the weight is reordered once for oneDNN, which makes small batches 1.2 to
+    1.8 times as fast (measured: 576 → 3072, 1 and 8 rows); the original is not kept.
+    """
+
+    __slots__ = ("_bias", "_prepacked", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Args:
+        weight: [out_features, in_features], consumed
+        bias: [out_features]
+        """
+        self._bias = bias
+        self._prepacked = weight.device.type == "cpu" and can_prepack(weight.dtype)
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if self._prepacked else weight
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, in_features] → [num_tokens, out_features]."""
+        if self._prepacked:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return y
+        return functional.linear(x, self._weight, self._bias)
+
+
+class LoraLinear:
+    """A fused site of the base model with the lanes of the resident adapters beside it."""
+
+    __slots__ = ("lanes", "linear")
+
+    def __init__(self, linear: Linear, lanes: SiteLanes | None) -> None:
+        self.linear = linear
+        self.lanes = lanes  # None on a server without LoRA
+
+    def __call__(self, x: Tensor, lora: LoraInput | None) -> Tensor:
+        """The base output plus what each token's adapter adds; base-only steps pay nothing."""
+        out = self.linear(x)
+        if lora is not None and self.lanes is not None:
+            apply_lora(out, x, self.lanes, lora)
+        return out
+
+
+@cache
+def can_prepack(dtype: torch.dtype) -> bool:
+    """True if this torch has oneDNN's prepacked linear for `dtype` and it agrees with the plain one.
+
+    The operators are private to torch (its compiler emits them), so they are tried, not assumed.
+    """
+    if dtype != torch.bfloat16 or not torch.backends.mkldnn.enabled:
+        return False
+    weight = torch.linspace(-1, 1, 64 * 32).reshape(64, 32).to(dtype)
+    x = torch.linspace(-1, 1, 3 * 32).reshape(3, 32).to(dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.allclose(y.float(), functional.linear(x, weight).float(), rtol=1e-2, atol=1e-1)

@@ -1,0 +1,182 @@
+"""From a scheduled batch to the tensors of one step. Loops over sequences, never over tokens.
+
+Token order: sequences that decode (one token each) first, sorted by lane so that an adapter's tokens
+are consecutive, then prompt chunks, sorted likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loramux.engine.kernels.attention import AttentionInput, DecodeGroup, PromptChunk
+from loramux.engine.kernels.lora import LoraInput, Segment, plan_lora
+from loramux.engine.scheduler import ScheduledBatch, ScheduledSequence
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """What `Decoder.forward` reads."""
+
+    token_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64
+    rope_lengths: Tensor | None  # [num_tokens] int64, with dynamic RoPE only
+    attention: AttentionInput
+    lora: LoraInput | None
+    logits_index: Tensor  # [num_logits] int64: tokens whose logits are wanted
+    order: list[ScheduledSequence]  # the sequences in token order
+    logits_rows: list[tuple[int, int]]  # per sequence of `order`: its rows of the logits
+
+
+class InputBuilder:
+    """Builds a `ModelInput` a step; holds what does not change between steps."""
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        num_kv_heads: int,
+        windows: tuple[int | None, ...],
+        needs_lengths: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._block_size = block_size
+        self._num_kv_heads = num_kv_heads
+        self._windows = tuple(dict.fromkeys(windows))
+        self._needs_lengths = needs_lengths
+        self._dtype = dtype
+        self._device = device
+        self._heads = np.arange(num_kv_heads, dtype=np.int64)
+
+    def build(self, batch: ScheduledBatch) -> ModelInput:
+        """The tensors of one step."""
+        order = sorted(batch.sequences, key=lambda s: (s.count > 1, s.seq.lanes.first if s.seq.lanes else -1))
+        starts = np.array([s.start for s in order], dtype=np.int64)
+        counts = np.array([s.count for s in order], dtype=np.int64)
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        owner = np.repeat(np.arange(len(order)), counts)
+        positions = np.arange(offsets[-1]) - offsets[:-1][owner] + starts[owner]
+        token_ids = np.concatenate(
+            [np.array(s.seq.token_ids[s.start : s.end], dtype=np.int64) for s in order]
+        )
+        blocks = [np.array(s.seq.block_ids, dtype=np.int64) for s in order]
+        num_decode = int((counts == 1).sum())
+        logits_index, logits_rows = _wanted_logits(order, offsets)
+        return ModelInput(
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
+            rope_lengths=self._lengths(order, owner, positions),
+            attention=AttentionInput(
+                write_rows=self._write_rows(blocks, owner, positions),
+                decode=self._decode_groups(order[:num_decode], blocks),
+                prompts=self._prompt_chunks(order[num_decode:], blocks[num_decode:], offsets[num_decode:]),
+            ),
+            lora=plan_lora(
+                _segments(order, offsets, num_decode), num_decode, dtype=self._dtype, device=self._device
+            ),
+            logits_index=self._tensor(logits_index),
+            order=order,
+            logits_rows=logits_rows,
+        )
+
+    def _tensor(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def _lengths(self, order: list[ScheduledSequence], owner: Ints, positions: Ints) -> Tensor | None:
+        if not self._needs_lengths:
+            return None
+        prompts = np.array([s.seq.num_prompt for s in order], dtype=np.int64)
+        return self._tensor(np.maximum(prompts[owner], positions + 1))
+
+    def _write_rows(self, blocks: list[Ints], owner: Ints, positions: Ints) -> Tensor:
+        size, heads = self._block_size, self._num_kv_heads
+        first_block = np.cumsum([0, *(len(ids) for ids in blocks)])[:-1]
+        block = np.concatenate(blocks)[first_block[owner] + positions // size]
+        rows = (block[:, None] * heads + self._heads) * size + (positions % size)[:, None]
+        return self._tensor(rows.reshape(-1))
+
+    def _decode_groups(self, order: list[ScheduledSequence], blocks: list[Ints]) -> list[DecodeGroup]:
+        """Sequences whose block tables differ by less than a factor of two share a group, so that
+        padding at most doubles what is read."""
+        groups: list[DecodeGroup] = []
+        used = [-(-s.end // self._block_size) for s in order]
+        by_length = sorted(range(len(order)), key=lambda i: used[i])
+        while by_length:
+            longest = 2 * used[by_length[0]]
+            size = sum(1 for i in by_length if used[i] <= longest)
+            members, by_length = by_length[:size], by_length[size:]
+            groups.append(self._decode_group(members, order, blocks, max(used[i] for i in members)))
+        return groups
+
+    def _decode_group(
+        self, members: list[int], order: list[ScheduledSequence], blocks: list[Ints], width: int
+    ) -> DecodeGroup:
+        table = np.zeros((len(members), width), dtype=np.int64)
+        for row, i in enumerate(members):
+            ids = blocks[i][:width]
+            table[row, : len(ids)] = ids
+        ends = torch.tensor([order[i].end for i in members])[:, None]
+        keys = torch.arange(width * self._block_size)[None]
+        masks: dict[int | None, Tensor] = {}
+        for window in self._windows:
+            hidden = keys >= ends
+            if window is not None:
+                hidden |= keys < ends - window
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            masks[window] = mask[:, None, None].to(self._device)
+        return DecodeGroup(self._tensor(np.array(members, dtype=np.int64)), self._cache_rows(table), masks)
+
+    def _prompt_chunks(
+        self, order: list[ScheduledSequence], blocks: list[Ints], offsets: Ints
+    ) -> list[PromptChunk]:
+        chunks = []
+        for item, ids, first in zip(order, blocks, offsets[:-1].tolist(), strict=True):
+            width = -(-item.end // self._block_size)
+            chunks.append(PromptChunk(first, item.count, item.start, self._cache_rows(ids[None, :width])))
+        return chunks
+
+    def _cache_rows(self, table: Ints) -> Tensor:
+        """[num_seqs, num_blocks] block ids → [num_seqs * num_kv_heads * num_blocks] cache rows."""
+        rows = table[:, None, :] * self._num_kv_heads + self._heads[None, :, None]
+        return self._tensor(rows.reshape(-1))
+
+
+def _segments(order: list[ScheduledSequence], offsets: Ints, num_decode: int) -> list[Segment]:
+    """Maximal runs of one adapter, base tokens left out, cut where the prompt chunks begin."""
+    segments: list[Segment] = []
+    for index, item in enumerate(order):
+        lanes = item.seq.lanes
+        if lanes is None:
+            continue
+        begin, end = int(offsets[index]), int(offsets[index + 1])
+        last = segments[-1] if segments else None
+        joins = last is not None and last.end == begin and last.first_lane == lanes.first
+        if last is not None and joins and index != num_decode:
+            segments[-1] = Segment(last.begin, end, lanes.first, lanes.rank)
+        else:
+            segments.append(Segment(begin, end, lanes.first, lanes.rank))
+    return segments
+
+
+def _wanted_logits(order: list[ScheduledSequence], offsets: Ints) -> tuple[Ints, list[tuple[int, int]]]:
+    """Which tokens' logits are wanted, and each sequence's rows among them.
+
+    A sequence that samples wants its last token; one that wants prompt log-probabilities wants
+    every prompt token that predicts another prompt token, too.
+    """
+    wanted: list[Ints] = []
+    rows: list[tuple[int, int]] = []
+    total = 0
+    for item, begin, end in zip(order, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        first = begin if item.seq.wants_prompt_logprobs else (end - 1 if item.samples else end)
+        wanted.append(np.arange(first, end, dtype=np.int64))
+        rows.append((total, total + end - first))
+        total += end - first
+    return np.concatenate(wanted), rows

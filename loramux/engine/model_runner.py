@@ -1,0 +1,210 @@
+"""One device: weights, KV cache and lanes. `execute` is the only call of a step that computes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
+from loramux.engine.config import EngineConfig
+from loramux.engine.errors import InvalidConfig
+from loramux.engine.kernels.attention import KVCache
+from loramux.engine.layers.sampler import SamplingRow, sample, token_logprobs
+from loramux.engine.model_input import InputBuilder, ModelInput
+from loramux.engine.models.decoder import Decoder
+from loramux.engine.models.families import load_model_config
+from loramux.engine.models.weights import Checkpoint
+from loramux.engine.scheduler import SampledToken, ScheduledBatch, StepResult
+from loramux.engine.sequence import Sequence
+from loramux.engine.types import AdapterSpec, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ModelRunner:
+    """Owns everything that lies on the device."""
+
+    def __init__(self, config: EngineConfig, on_layer: Callable[[int, int], None] | None = None) -> None:
+        """Load the model.
+
+        Args:
+            on_layer: called with (layers loaded, layers in all), for a progress bar.
+
+        Raises:
+            UnsupportedModel, InvalidConfig: the model cannot be served as configured.
+        """
+        self.model_config = load_model_config(Path(config.model))
+        self.device = _device(config.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads or _num_cores())
+        self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
+        self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
+        lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
+        if lane_dtype != self.dtype:
+            logger.warning("--lora-dtype has no effect: lanes are computed in the model's dtype")
+        self.lanes = LanePool(self.model_config, config.lane_pool, dtype=self.dtype, device=self.device)
+        loaded = 0
+
+        def count_layer() -> None:
+            nonlocal loaded
+            loaded += 1
+            if on_layer is not None:
+                on_layer(loaded, self.model_config.num_layers)
+
+        with (
+            torch.inference_mode(),
+            Checkpoint(Path(config.model), dtype=self.dtype, device=self.device) as checkpoint,
+        ):
+            self.model = Decoder(
+                self.model_config,
+                checkpoint,
+                self.lanes,
+                max_len=self.max_model_len,
+                dtype=self.dtype,
+                device=self.device,
+                on_layer=count_layer,
+            )
+        self.num_kv_blocks = self._size_kv_cache(config)
+        self._caches = self._allocate_kv_cache(config.block_size)
+        self._builder = InputBuilder(
+            block_size=config.block_size,
+            num_kv_heads=self.model_config.num_kv_heads,
+            windows=self.model_config.windows,
+            needs_lengths=self.model.needs_lengths,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self._random = random.Random(config.seed)
+        self._hosts: dict[str, HostAdapter] = {}
+
+    def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
+        """Read an adapter's files; safe in another thread."""
+        return read_adapter(spec, self.model_config, self.dtype)
+
+    def add_adapter(self, adapter: HostAdapter) -> None:
+        """Keep an adapter's host weights, so that lanes can be filled from them."""
+        self._hosts[adapter.digest] = adapter
+
+    def remove_adapter(self, digest: str) -> None:
+        """Forget an adapter's host weights."""
+        del self._hosts[digest]
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Copy new adapters into their lanes, run the model once, sample."""
+        for digest, span in batch.lane_copies:
+            self.lanes.write(self._hosts[digest], span)
+        inputs = self._builder.build(batch)
+        hidden = self.model.forward(inputs, self._caches)
+        if not len(hidden):
+            return StepResult({})  # every sequence is in the middle of its prompt
+        logits = self.model.logits(hidden)
+        return StepResult(self._sample(logits, inputs), _prompt_logprobs(logits, inputs))
+
+    def _seed(self, seq: Sequence) -> int:
+        """The sequence's own seed; one that brought none gets one, which survives a preemption."""
+        if seq.seed is None:
+            seq.seed = self._random.getrandbits(64)
+        return seq.seed & 0xFFFFFFFFFFFFFFFF
+
+    def _sample(self, logits: Tensor, inputs: ModelInput) -> dict[str, SampledToken]:
+        pairs = [
+            (item.seq, rows[1] - 1)
+            for item, rows in zip(inputs.order, inputs.logits_rows, strict=True)
+            if item.samples
+        ]
+        if not pairs:
+            return {}
+        index = [row for _, row in pairs]
+        picked = logits if len(index) == logits.shape[0] else logits[index]
+        rows = [SamplingRow(seq.sampling, self._seed(seq), seq.token_ids, seq.num_prompt) for seq, _ in pairs]
+        out = sample(picked, rows)
+        return {
+            seq.request_id: SampledToken(token, logprobs)
+            for (seq, _), token, logprobs in zip(pairs, out.token_ids, out.logprobs, strict=True)
+        }
+
+    def _size_kv_cache(self, config: EngineConfig) -> int:
+        """Blocks that fit, refusing what cannot hold one full sequence."""
+        c = self.model_config
+        per_block = 2 * c.num_layers * c.num_kv_heads * c.head_dim * config.block_size * self.dtype.itemsize
+        available = config.kv_cache_bytes
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            available = int(free - total * (1 - config.gpu_memory_utilization))
+        blocks = config.num_kv_blocks or available // per_block
+        needed = -(-self.max_model_len // config.block_size)
+        if blocks < needed and config.max_model_len is None and blocks > 0:
+            self.max_model_len = blocks * config.block_size
+            logger.warning("context limited to %d tokens by the KV cache", self.max_model_len)
+        elif blocks < needed:
+            raise InvalidConfig(
+                f"one sequence of --max-model-len {self.max_model_len} tokens needs {needed} KV blocks of "
+                f"{per_block} bytes, but {max(blocks, 0)} fit into {max(available, 0)} bytes; lower "
+                "--max-model-len or raise --kv-cache-bytes (CPU) or --gpu-memory-utilization (GPU)",
+                param="--max-model-len",
+            )
+        most = config.max_num_seqs * needed  # more could never be used
+        return int(blocks if config.num_kv_blocks else min(blocks, most + needed))
+
+    def _allocate_kv_cache(self, block_size: int) -> list[KVCache]:
+        c = self.model_config
+        shape = (self.num_kv_blocks, c.num_kv_heads, block_size, c.head_dim)
+
+        def empty() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [KVCache(empty(), empty()) for _ in range(c.num_layers)]
+
+
+def _prompt_logprobs(logits: Tensor, inputs: ModelInput) -> dict[str, list[TokenLogprobs]]:
+    found = {}
+    for item, (begin, end) in zip(inputs.order, inputs.logits_rows, strict=True):
+        seq = item.seq
+        if seq.wants_prompt_logprobs:
+            targets = seq.token_ids[item.start + 1 : item.end + 1]  # one fewer where the prompt ends
+            num_top = seq.sampling.prompt_logprobs or 0
+            found[seq.request_id] = token_logprobs(logits[begin : begin + len(targets)], targets, num_top)
+            assert end - begin == item.count
+    return found
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidConfig("--device cuda: this machine has no CUDA device", param="--device")
+    if name not in ("cpu", "cuda"):
+        raise InvalidConfig(f"--device must be auto, cpu or cuda, got {name!r}", param="--device")
+    return torch.device(name)
+
+
+def _dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return _DTYPES[wanted]
+    if stored == "float16" and device.type == "cpu":
+        return torch.bfloat16  # float16 arithmetic is slow on a CPU
+    return _DTYPES[stored]
+
+
+def _max_model_len(config: EngineConfig, derived: int) -> int:
+    if config.max_model_len is None:
+        return derived
+    if config.max_model_len > derived:
+        raise InvalidConfig(
+            f"--max-model-len {config.max_model_len} is more than the model's own limit of {derived} tokens",
+            param="--max-model-len",
+        )
+    return config.max_model_len
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

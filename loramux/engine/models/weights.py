@@ -1,0 +1,108 @@
+"""Read a checkpoint's safetensors files by name, and account for every tensor in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loramux.engine.errors import UnsupportedModel
+
+_INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+# Tensors that carry nothing: old checkpoints stored RoPE's frequencies.
+_IGNORED: Final = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
+
+
+class Checkpoint:
+    """The tensors of a model folder; memory-mapped, read one by one, each once."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._files = {}
+        self._where: dict[str, Path] = {}
+        self._used: set[str] = set()
+        for path in _weight_files(folder):
+            try:
+                handle: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UnsupportedModel(f"{path} cannot be read: {error}", param="model") from None
+            self._files[path] = handle
+            self._where.update(dict.fromkeys(handle.keys(), path))
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return self._resolve(name) is not None
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor in the model's dtype on its device.
+
+        Raises:
+            UnsupportedModel: it is missing, or its shape is not what config.json implies.
+        """
+        stored = self._resolve(name)
+        if stored is None:
+            raise UnsupportedModel(f"the checkpoint lacks the tensor {name}", param="model")
+        tensor: Tensor = self._files[self._where[stored]].get_tensor(stored)
+        if tuple(tensor.shape) != shape:
+            raise UnsupportedModel(
+                f"tensor {stored} has shape {list(tensor.shape)}, config.json implies {list(shape)}",
+                param="model",
+            )
+        self._used.add(stored)
+        return tensor.to(self._device, self._dtype)
+
+    def check_all_used(self, *, may_remain: tuple[str, ...]) -> None:
+        """Refuse a checkpoint with tensors that the model has no place for."""
+        rest = [n for n in self._where if n not in self._used and not _IGNORED.search(n)]
+        unknown = sorted(name for name in rest if name not in may_remain)
+        if unknown:
+            raise UnsupportedModel(
+                f"{len(unknown)} tensors of the checkpoint have no place in this architecture, "
+                f"e.g. {', '.join(unknown[:3])}",
+                param="model",
+            )
+
+    def _resolve(self, name: str) -> str | None:
+        """The stored name: as given, or without the leading `model.` that some exports leave out."""
+        for candidate in (name, name.removeprefix("model.")):
+            if candidate in self._where:
+                return candidate
+        return None
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UnsupportedModel(f"{index} is malformed: {error!r}", param="model") from None
+        for name in sorted(names):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UnsupportedModel(f"{index} names {name!r}, which is not in the folder", param="model")
+            yield folder / name
+    elif (folder / _SINGLE).is_file():
+        yield folder / _SINGLE
+    else:
+        raise UnsupportedModel(
+            f"{folder} holds neither {_SINGLE} nor {_INDEX}; only safetensors weights are read", param="model"
+        )

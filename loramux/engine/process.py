@@ -1,0 +1,148 @@
+"""The engine's own process: the step loop between a socket and an `Engine`.
+
+Started by `EngineClient` as `python -m loramux.engine.process ADDRESS CONFIG_JSON`. It ends when it
+is told to, when its parent is gone, or by an error that leaves the device in doubt; the server
+notices at once and says so to everybody who waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+
+import msgspec
+import zmq
+
+from loramux.engine import messages
+from loramux.engine.adapters.loader import AdapterLoader
+from loramux.engine.config import EngineConfig
+from loramux.engine.core import Engine
+from loramux.engine.errors import LoramuxError
+from loramux.engine.messages import FromEngine, ToEngine
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class EngineProcess:
+    """Reads messages, steps the engine, sends what came out; at most one frame a step."""
+
+    def __init__(self, engine: Engine, pair: zmq.Socket[bytes]) -> None:
+        self.engine = engine
+        self._socket = pair
+        self._loader = AdapterLoader(engine.read_adapter)
+        self._poller = zmq.Poller()
+        self._poller.register(pair, zmq.POLLIN)
+        self._poller.register(self._loader.wake_fd, zmq.POLLIN)
+        self._out: list[FromEngine] = []
+        self._last_frame_s = 0.0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until a `Shutdown` message."""
+        self._out.append(messages.Ready(self.engine.info))
+        while not self._stopping:
+            self._receive(wait=not self.engine.has_work())
+            outputs = self.engine.step()
+            if outputs:
+                self._out.append(messages.Outputs(outputs))
+            self._send()
+        self._loader.close()
+
+    def _receive(self, *, wait: bool) -> None:
+        """Take in everything that has arrived; with `wait`, sleep until something does."""
+        if wait:
+            self._send()
+            self._poller.poll(int(HEARTBEAT_S * 1000))
+        while self._socket.poll(0):
+            for message in messages.decode_to_engine(self._socket.recv()):
+                self._handle(message)
+        for loaded in self._loader.finished():
+            if isinstance(loaded.result, LoramuxError):
+                self._fail_call(loaded.call_id, loaded.result)
+            else:
+                self.engine.add_adapter(loaded.result)
+                self._out.append(messages.Reply(loaded.call_id))
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case messages.AddRequest(request):
+                try:
+                    self.engine.add_request(request)
+                except LoramuxError as error:
+                    self._out.append(
+                        messages.RequestFailed(
+                            request.request_id, type(error).__name__, error.message, error.param
+                        )
+                    )
+            case messages.Abort(request_ids):
+                self.engine.abort(request_ids)
+            case messages.LoadAdapter(call_id, spec):
+                self._loader.submit(call_id, spec)
+            case messages.UnloadAdapter(call_id, digest):
+                try:
+                    self.engine.unload_adapter(digest)
+                except LoramuxError as error:
+                    self._fail_call(call_id, error)
+                else:
+                    self._out.append(messages.Reply(call_id))
+            case messages.GetStats(call_id):
+                self._out.append(messages.Reply(call_id, stats=self.engine.stats()))
+            case messages.Shutdown():
+                self._stopping = True
+
+    def _fail_call(self, call_id: int, error: LoramuxError) -> None:
+        self._out.append(messages.Reply(call_id, type(error).__name__, error.message, error.param))
+
+    def _send(self) -> None:
+        now = time.monotonic()
+        if not self._out and now - self._last_frame_s >= HEARTBEAT_S:
+            self._out.append(messages.Heartbeat())
+        if self._out:
+            self._socket.send(messages.encode(self._out))
+            self._out.clear()
+            self._last_frame_s = now
+
+
+def main(address: str, config_json: str) -> int:
+    """Connect, load the model, serve. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    _die_with_parent()
+    context = zmq.Context()
+    pair: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    pair.set_hwm(0)
+    pair.setsockopt(zmq.LINGER, 1000)
+    pair.connect(address)
+    try:
+        engine = Engine(msgspec.json.decode(config_json, type=EngineConfig))
+    except LoramuxError as error:
+        pair.send(messages.encode([messages.StartFailed(type(error).__name__, error.message, error.param)]))
+        pair.close()
+        context.term()
+        return 1
+    gc.collect()
+    gc.freeze()  # what start-up allocated is never scanned again
+    EngineProcess(engine, pair).run()
+    pair.close()
+    context.term()
+    return 0
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the server dies, however it dies."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit("the server ended while the engine was starting")
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,344 @@
+"""Who runs in the next step, with which KV blocks and adapter lanes. Pure policy, time passed in.
+
+One step computes at most `max_num_batched_tokens` tokens. Running sequences come first (one token
+each while decoding, a chunk while their prompt is still being read), then waiting ones in order of
+arrival. A sequence whose next token finds no free block makes room by preempting the youngest:
+its blocks are released and it is recomputed later, which the prefix cache makes cheap.
+
+Lanes are a second budget. A waiting sequence whose adapter finds no room among the pinned ones is
+skipped, so that others go ahead; once it has been deferred for `max_deferral_s`, no other adapter
+is admitted before it, so that lanes drain and it cannot starve.
+
+Blocks, rows, lanes and leases are released in one place: `_release`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from loramux.engine.adapters.lanes import LaneSpan
+from loramux.engine.adapters.store import AdapterStore
+from loramux.engine.block_manager import BlockManager, hash_block, prefix_seed
+from loramux.engine.sequence import Sequence, SequenceStatus
+from loramux.engine.types import Request, SequenceOutput, TokenLogprobs
+
+MAX_DEFERRAL_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence and the tokens of it that this step computes."""
+
+    seq: Sequence
+    start: int  # first token to compute
+    count: int
+    is_new: bool  # its row's tables must be filled (admitted or re-admitted in this step)
+
+    @property
+    def end(self) -> int:
+        """One past the last token to compute."""
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """True if the step produces a new token for it."""
+        return self.end == self.seq.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step's choice."""
+
+    sequences: list[ScheduledSequence]
+    lane_copies: list[tuple[str, LaneSpan]]  # adapters to write into their lanes first
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the runner returns for a sequence that sampled."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the runner returns for a batch, by request id."""
+
+    sampled: dict[str, SampledToken]
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, preemption and adapter lanes."""
+
+    def __init__(
+        self,
+        *,
+        blocks: BlockManager,
+        adapters: AdapterStore,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        shared_prefix_limit: int | None = None,
+    ) -> None:
+        """Args:
+        shared_prefix_limit: with dynamic RoPE, prompts above this length rotate all their keys
+            by their own length and must not share them with prompts of another length.
+        """
+        self.blocks = blocks
+        self.adapters = adapters
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.shared_prefix_limit = shared_prefix_limit
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prefix_queries = 0  # tokens looked up
+        self.prefix_hits = 0  # tokens found
+        self._by_id: dict[str, Sequence] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    def has_work(self) -> bool:
+        """True while any sequence is waiting or running."""
+        return bool(self._by_id)
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request; its adapter must be loaded."""
+        assert request.request_id not in self._by_id
+        seq = Sequence(request, now)
+        if seq.adapter is not None:
+            self.adapters.lease(seq.adapter)
+        self._by_id[seq.request_id] = seq
+        self.waiting.append(seq)
+
+    def abort(self, request_id: str) -> str | None:
+        """Drop a sequence, wherever it is. Returns the digest of an adapter that is gone with it."""
+        seq = self._by_id.get(request_id)
+        return self._finish(seq) if seq is not None else None
+
+    def schedule(self, now: float) -> ScheduledBatch | None:
+        """Choose the next step; None when nothing can run."""
+        budget = self.max_num_batched_tokens
+        chosen: list[ScheduledSequence] = []
+        copies: list[tuple[str, LaneSpan]] = []
+        preempted = False
+        for seq in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed > 1):
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # preempted a moment ago to make room for another
+            count = min(seq.num_tokens - seq.num_computed, budget)
+            if count == 0:
+                continue
+            preempted |= not self._has_room(seq, seq.num_computed + count)
+            if seq.status is SequenceStatus.RUNNING:
+                chosen.append(ScheduledSequence(seq, seq.num_computed, count, is_new=False))
+                budget -= count
+        chosen = [item for item in chosen if item.seq.status is SequenceStatus.RUNNING]
+        if not preempted:
+            self._admit(chosen, copies, budget, now)
+        return ScheduledBatch(chosen, copies) if chosen else None
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> tuple[list[SequenceOutput], list[str]]:
+        """Take in a step's results: append, finish, release.
+
+        Returns:
+            The outputs to send, and the digests of retiring adapters whose last sequence ended.
+        """
+        outputs: list[SequenceOutput] = []
+        gone: list[str] = []
+        for item in batch.sequences:
+            seq = item.seq
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # aborted while the step ran
+            seq.num_computed = item.end
+            self._publish(seq)
+            seq.prompt_logprobs += result.prompt_logprobs.get(seq.request_id, [])
+            if not item.samples:
+                continue
+            sampled = result.sampled[seq.request_id]
+            seq.append(sampled.token_id)
+            output = self._output(seq, sampled)
+            outputs.append(output)
+            if output.finish_reason is not None and (digest := self._finish(seq)):
+                gone.append(digest)
+        return outputs, gone
+
+    def check_invariants(self) -> None:
+        """Blocks, rows and lanes are held exactly by the running sequences. For tests."""
+        self.blocks.check_invariants()
+        self.adapters.lanes.check_invariants()
+        rows = [seq.row for seq in self.running]
+        assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs))
+        assert len(self.running) + len(self.waiting) == len(self._by_id)
+        held = {block for seq in self.running for block in seq.block_ids}
+        assert len(held) == self.blocks.num_used
+        assert all(not seq.block_ids and seq.lanes is None for seq in self.waiting)
+
+    def _has_room(self, seq: Sequence, end: int) -> bool:
+        """Give `seq` blocks up to token `end`, preempting the youngest; False if any was preempted."""
+        size = self.blocks.block_size
+        needed = -(-end // size) - len(seq.block_ids)
+        clean = True
+        while needed > 0:
+            fresh = self.blocks.allocate(needed)
+            if fresh is not None:
+                seq.block_ids += fresh
+                return clean
+            clean = False
+            self._preempt(self.running[-1])
+            if seq.status is not SequenceStatus.RUNNING:
+                return clean  # it was the youngest itself
+        return clean
+
+    def _admit(
+        self,
+        chosen: list[ScheduledSequence],
+        copies: list[tuple[str, LaneSpan]],
+        budget: int,
+        now: float,
+    ) -> None:
+        skipped: list[Sequence] = []
+        starving: str | None = None  # an adapter that has been deferred for too long
+        while self.waiting and budget > 0 and self._free_rows:
+            seq = self.waiting.popleft()
+            if starving is not None and seq.adapter not in (None, starving):
+                skipped.append(seq)
+                continue
+            hashes, found = self._find_prefix(seq)
+            num_found = len(found) * self.blocks.block_size
+            count = min(seq.num_tokens - num_found, budget)
+            fresh_needed = -(-(num_found + count) // self.blocks.block_size) - len(found)
+            if fresh_needed > self.blocks.num_free_after(found):
+                skipped.append(seq)
+                break  # first come, first served: nobody overtakes for want of KV
+            if seq.adapter is not None:
+                placed = self.adapters.on_device(seq.adapter)
+                if placed is None:
+                    skipped.append(seq)
+                    if starving is None and now - seq.arrival_s > MAX_DEFERRAL_S:
+                        starving = seq.adapter
+                    continue
+                seq.lanes, is_new = placed
+                if is_new:
+                    copies.append((seq.adapter, seq.lanes))
+            self._start(seq, hashes, found, fresh_needed)
+            chosen.append(ScheduledSequence(seq, num_found, count, is_new=True))
+            budget -= count
+        self.waiting.extendleft(reversed(skipped))
+
+    def _start(self, seq: Sequence, hashes: list[bytes], found: list[int], fresh_needed: int) -> None:
+        self.blocks.acquire(found)
+        fresh = self.blocks.allocate(fresh_needed)
+        assert fresh is not None
+        seq.block_ids = found + fresh
+        seq.block_hashes = hashes
+        seq.num_hashed_blocks = len(found)
+        seq.num_computed = len(found) * self.blocks.block_size
+        if seq.num_output == 0:
+            seq.num_cached = seq.num_computed
+            self.prefix_queries += seq.num_prompt
+            self.prefix_hits += seq.num_cached
+        seq.row = self._free_rows.pop()
+        seq.become(SequenceStatus.RUNNING)
+        self.running.append(seq)
+
+    def _find_prefix(self, seq: Sequence) -> tuple[list[bytes], list[int]]:
+        """The hash chain over the full blocks of `seq`, and the cached blocks it may start from.
+
+        At least one token is left to compute, since its logits are what the step is for.
+        """
+        if not self.blocks.enable_prefix_caching:
+            return [], []
+        hashes = self._extend_hashes(seq, [], seq.num_tokens)
+        if seq.wants_prompt_logprobs:
+            return hashes, []
+        usable = (seq.num_tokens - 1) // self.blocks.block_size
+        return hashes, self.blocks.match(hashes[:usable])
+
+    def _extend_hashes(self, seq: Sequence, hashes: list[bytes], num_tokens: int) -> list[bytes]:
+        size = self.blocks.block_size
+        parent = hashes[-1] if hashes else self._seed(seq)
+        for end in range((len(hashes) + 1) * size, num_tokens + 1, size):
+            parent = hash_block(parent, seq.token_ids[end - size : end])
+            hashes.append(parent)
+        return hashes
+
+    def _seed(self, seq: Sequence) -> bytes:
+        salt = seq.request.cache_salt
+        if self.shared_prefix_limit is not None and seq.num_prompt > self.shared_prefix_limit:
+            salt = f"{salt}\0{seq.num_prompt}"
+        return prefix_seed(seq.adapter, salt)
+
+    def _publish(self, seq: Sequence) -> None:
+        """Offer the blocks that are now full and computed to the prefix cache."""
+        full = seq.num_computed // self.blocks.block_size
+        if not self.blocks.enable_prefix_caching or full <= seq.num_hashed_blocks:
+            return
+        if len(seq.block_hashes) < full:
+            self._extend_hashes(seq, seq.block_hashes, seq.num_computed)
+        for index in range(seq.num_hashed_blocks, full):
+            self.blocks.publish(seq.block_ids[index], seq.block_hashes[index])
+        seq.num_hashed_blocks = full
+
+    def _output(self, seq: Sequence, sampled: SampledToken) -> SequenceOutput:
+        reason, stop_reason = finish_reason(seq)
+        first = seq.num_output == 1
+        return SequenceOutput(
+            request_id=seq.request_id,
+            token_ids=[sampled.token_id],
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_cached_tokens=seq.num_cached,
+            logprobs=[sampled.logprobs] if sampled.logprobs is not None else None,
+            prompt_logprobs=(
+                [None, *seq.prompt_logprobs] if first and seq.sampling.prompt_logprobs is not None else None
+            ),
+        )
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._release(seq)
+        seq.prompt_logprobs = []
+        seq.become(SequenceStatus.WAITING)
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _finish(self, seq: Sequence) -> str | None:
+        """End a sequence for good. Returns the digest of a retiring adapter that is gone with it."""
+        if seq.status is SequenceStatus.RUNNING:
+            self._release(seq)
+        else:
+            self.waiting.remove(seq)
+        seq.become(SequenceStatus.FINISHED)
+        del self._by_id[seq.request_id]
+        if seq.adapter is not None and self.adapters.release(seq.adapter):
+            return seq.adapter
+        return None
+
+    def _release(self, seq: Sequence) -> None:
+        """Give back everything that a running sequence holds on the device."""
+        self.running.remove(seq)
+        self.blocks.release(seq.block_ids)
+        self._free_rows.append(seq.row)
+        if seq.lanes is not None:
+            assert seq.adapter is not None
+            self.adapters.lanes.unpin(seq.adapter)
+        seq.lanes = None
+        seq.row = -1
+        seq.block_ids = []
+        seq.block_hashes = []
+        seq.num_hashed_blocks = 0
+        seq.num_computed = 0
+
+
+def finish_reason(seq: Sequence) -> tuple[str | None, int | None]:
+    """Whether the last token ends the sequence: (reason, stop token id), (None, None) if not."""
+    sampling = seq.sampling
+    token = seq.token_ids[-1]
+    if seq.num_output >= sampling.min_tokens:
+        if token in sampling.eos_token_ids:
+            return "stop", None
+        if token in sampling.stop_token_ids:
+            return "stop", token
+    if seq.num_output >= sampling.max_tokens:
+        return "length", None
+    return None, None
