@@ -54,7 +54,15 @@ _CONFIGS = {
     "opt": transformers.OPTConfig,
 }
 
-_GAINS = {"q_proj": 2.0, "k_proj": 2.0, "v_proj": 1.6, "o_proj": 2.5, "down_proj": 2.5, "out_proj": 2.5, "fc2": 1.6}
+_GAINS = {
+    "q_proj": 1.5,
+    "k_proj": 1.5,
+    "v_proj": 1.6,
+    "o_proj": 2.5,
+    "down_proj": 2.5,
+    "out_proj": 2.5,
+    "fc2": 1.6,
+}
 
 
 def make_tiny(

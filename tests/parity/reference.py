@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
+
+MIN_GAP = 5e-5  # between the two best tokens: no weaker than what the order of additions moves
+
+Steer = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (logits [vocab_size], output so far) -> logits
 
 
 class Greedy(NamedTuple):
@@ -49,29 +53,49 @@ class Reference:
         key = (adapter, tuple(prompt))
         known = self._greedy.get(key)
         if known is None or len(known.tokens) < steps:
-            known = self._greedy[key] = self._decode(prompt, adapter, steps)
+            logits, tokens = self._decode(prompt, adapter, steps, lambda row, _: row)
+            known = self._greedy[key] = Greedy(tokens, torch.log_softmax(logits, dim=-1))
         return Greedy(known.tokens[:steps], known.logprobs[:steps])
 
-    def prompt_logprobs(self, prompt: list[int], adapter: str | None = None) -> torch.Tensor:
-        """[len(prompt), vocab_size]: row i is the distribution of token i + 1, from one forward."""
-        with self._using(adapter), torch.inference_mode():
-            logits = self._model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
-        return torch.log_softmax(logits.float(), dim=-1)
+    def steered(self, prompt: list[int], steps: int, steer: Steer) -> list[int]:
+        """Greedy tokens of the base model after `steer` has changed the logits of each step."""
+        return self._decode(prompt, None, steps, steer)[1]
 
-    def _decode(self, prompt: list[int], adapter: str | None, steps: int) -> Greedy:
+    def logits(self, tokens: list[int], adapter: str | None = None) -> torch.Tensor:
+        """[len(tokens), vocab_size] from one forward; row i is what follows token i."""
+        with self._using(adapter), torch.inference_mode():
+            self._forget(tokens)
+            logits: torch.Tensor = self._model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        return logits[0].float()
+
+    def logprobs(self, tokens: list[int], adapter: str | None = None) -> torch.Tensor:
+        """`logits`, as log-probabilities."""
+        return torch.log_softmax(self.logits(tokens, adapter), dim=-1)
+
+    def _decode(
+        self, prompt: list[int], adapter: str | None, steps: int, steer: Steer
+    ) -> tuple[torch.Tensor, list[int]]:
         tokens: list[int] = []
         rows = []
         with self._using(adapter), torch.inference_mode():
-            self._model(input_ids=torch.tensor([prompt[:1]]))  # dynamic RoPE forgets the last sequence
+            self._forget(prompt)
             fed, cache = torch.tensor([prompt]), None
             for _ in range(steps):
                 out = self._model(input_ids=fed, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
-                row = torch.log_softmax(out.logits[0, -1].float(), dim=-1)
-                tokens.append(int(row.argmax()))
-                rows.append(row)
+                rows.append(out.logits[0, -1].float())
+                steered = steer(rows[-1], tokens)
+                best = steered.topk(2).values
+                assert best[0] - best[1] > MIN_GAP, "the reference itself is at a tie: take another seed"
+                tokens.append(int(steered.argmax()))
                 fed = torch.tensor([tokens[-1:]])
-        return Greedy(tokens, torch.stack(rows))
+        return torch.stack(rows), tokens
+
+    def _forget(self, prompt: list[int]) -> None:
+        """Dynamic RoPE remembers the longest sequence until a short one comes along."""
+        rope = getattr(self.config, "rope_parameters", None) or {}  # OPT has none
+        if rope.get("rope_type") == "dynamic":
+            self._model(input_ids=torch.tensor([prompt[:1]]), use_cache=False)
 
     @contextmanager
     def _using(self, adapter: str | None) -> Iterator[None]:
