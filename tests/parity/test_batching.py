@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.parity.driving import (
@@ -183,7 +185,7 @@ def test_prompt_logprobs_match_the_reference(zoo: Zoo, family: str, budget: int)
     checkpoint = zoo[family]
     served = Served(checkpoint, ADAPTERS, max_num_batched_tokens=budget)
     rows = mixed_rows(6, shortest=30)
-    options = {"max_tokens": 2, "prompt_logprobs": served.vocab_size}
+    options: dict[str, Any] = {"max_tokens": 2, "prompt_logprobs": served.vocab_size}
 
     for _ in range(2):  # the second time the prefix is cached, but its log-probabilities are wanted
         answers = served.run([served.request(p, a, **options) for p, a in rows])

@@ -8,7 +8,8 @@ from tests.parity.driving import Served, assert_greedy
 from tests.parity.zoo import VARIATIONS, Zoo
 from tests.tiny_models import FAMILIES, random_prompt
 
-MIXED: list[str | None] = [None, "r4", "r8", "r16", "r33"]
+ADAPTERS = ["r4", "r8", "r16", "r33"]
+MIXED: list[str | None] = [None, *ADAPTERS]
 PROMPTS = [random_prompt(length, seed=length) for length in (40, 7, 23, 64, 33)]
 
 
@@ -30,7 +31,7 @@ def test_adapters_change_the_reference(zoo: Zoo, name: str) -> None:
     reference = zoo[name].reference
     base = reference.greedy(PROMPTS[0])
 
-    for adapter in MIXED[1:]:
+    for adapter in ADAPTERS:
         assert reference.greedy(PROMPTS[0], adapter).tokens != base.tokens
 
 
@@ -48,7 +49,7 @@ def test_base_without_lora_matches_the_reference(zoo: Zoo, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch_of_base_and_four_ranks_matches_the_reference(zoo: Zoo, family: str) -> None:
     checkpoint = zoo[family]
-    served = Served(checkpoint, MIXED[1:])
+    served = Served(checkpoint, ADAPTERS)
     rows = list(zip(PROMPTS, MIXED, strict=True))
 
     answers = served.run([served.request(p, a, logprobs=served.vocab_size) for p, a in rows])

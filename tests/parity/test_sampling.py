@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from loramux.engine.layers.sampler import SamplingRow, sample
 from loramux.engine.types import TokenSampling
 from tests.parity.driving import Answer, Served, assert_logprobs
 from tests.parity.reference import Reference
@@ -91,7 +92,7 @@ def test_rows_of_one_batch_keep_their_own_options(served: Served, reference: Ref
 def test_bad_words_of_one_and_of_several_tokens_never_appear(served: Served, reference: Reference) -> None:
     plain = reference.greedy(PROMPT, steps=STEPS).tokens
     words = [[plain[3]], plain[7:9], plain[12:15]]
-    options = {"bad_words_token_ids": words}
+    options: dict[str, Any] = {"bad_words_token_ids": words}
 
     answer = served.ask(PROMPT, max_tokens=STEPS, **options)
 
@@ -106,7 +107,7 @@ def test_bad_word_is_forbidden_even_when_it_would_start_in_the_prompt(
     served: Served, reference: Reference
 ) -> None:
     first = reference.greedy(PROMPT, steps=1).tokens[0]
-    options = {"bad_words_token_ids": [[PROMPT[-1], first]]}
+    options: dict[str, Any] = {"bad_words_token_ids": [[PROMPT[-1], first]]}
 
     answer = served.ask(PROMPT, max_tokens=STEPS, **options)
 
@@ -131,6 +132,25 @@ def test_draws_follow_the_distribution_in_one_mixed_batch(served: Served, refere
         assert_drawn_from(drawn, probabilities(logits, sampling))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 700, "top_p": 0.3},
+        {"top_k": 700, "top_p": 0.9},
+        {"top_p": 0.9},
+        {"min_p": 0.18, "top_p": 0.5},
+    ],
+)
+def test_filters_reach_beyond_the_best_candidates_of_a_large_vocabulary(options: dict[str, Any]) -> None:
+    logits = 0.3 * torch.randn(1500, generator=torch.Generator().manual_seed(0))  # nearly flat
+    sampling = TokenSampling(max_tokens=1, temperature=1.0, **options)
+    rows = [SamplingRow(sampling, seed, token_ids=[1], num_prompt=1) for seed in range(4000)]
+
+    drawn = sample(logits.expand(len(rows), -1), rows).token_ids
+
+    assert_drawn_from(drawn, probabilities(logits, sampling))
+
+
 def test_draws_without_a_seed_follow_the_distribution(served: Served, reference: Reference) -> None:
     answers = served.run([served.request(PROMPT, max_tokens=1, temperature=1.0) for _ in range(NUM_DRAWS)])
 
@@ -150,7 +170,7 @@ def test_later_draws_of_one_seed_are_independent(served: Served, reference: Refe
 
 def test_seeded_request_gives_the_same_tokens_alone_in_a_batch_and_preempted(zoo: Zoo) -> None:
     checkpoint = zoo["llama"]
-    options = {"temperature": 1.1, "top_p": 0.95, "seed": 1234}
+    options: dict[str, Any] = {"temperature": 1.1, "top_p": 0.95, "seed": 1234}
     roomy = Served(checkpoint, ["r4", "r8"])
     narrow = Served(checkpoint, ["r4", "r8"], num_kv_blocks=16, max_model_len=128, max_num_batched_tokens=20)
     alone = roomy.ask(PROMPT, "r4", **options).tokens
@@ -184,7 +204,12 @@ def test_any_64_bit_seed_is_accepted_and_repeats(served: Served, seed: int) -> N
 
 
 def test_logprobs_come_from_the_raw_logits(served: Served, reference: Reference) -> None:
-    options = {"temperature": 1.6, "top_k": 20, "presence_penalty": 1.0, "logit_bias": {8: 4.0}}
+    options: dict[str, Any] = {
+        "temperature": 1.6,
+        "top_k": 20,
+        "presence_penalty": 1.0,
+        "logit_bias": {8: 4.0},
+    }
     requests = [
         served.request(PROMPT, adapter, max_tokens=24, logprobs=count, seed=7, **options)
         for adapter in (None, "r8")

@@ -203,6 +203,7 @@ def _draw_filtered(scaled: Tensor, params: list[TokenSampling], u: Tensor) -> Te
     top_p = torch.tensor([s.top_p for s in params], device=device)[:, None]
     min_p = torch.tensor([s.min_p for s in params], device=device)[:, None]
     log_total = torch.logsumexp(scaled, dim=-1, keepdim=True)
+    only_top_p = ((top_k >= vocab_size) & (min_p == 0.0))[:, 0]  # nothing else cuts: the total is 1
 
     def filtered(num_candidates: int) -> tuple[Tensor, Tensor, bool]:
         best, ids = scaled.topk(num_candidates, dim=-1)
@@ -216,7 +217,7 @@ def _draw_filtered(scaled: Tensor, params: list[TokenSampling], u: Tensor) -> Te
         before = probs.cumsum(-1) - probs
         inside = before < top_p * total
         inside[:, 0] = True
-        complete = ~mass | ~(inside & keep)[:, -1]
+        complete = ~mass | (only_top_p & ~inside[:, -1])
         return ids, probs * inside, bool(complete.all())
 
     ids, probs, complete = filtered(min(CANDIDATES, vocab_size))
