@@ -145,7 +145,7 @@ class Decoder:
     ) -> Tensor:
         c = self.config
         qkv = layer.qkv(x, batch.lora).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = torch.split(qkv, (c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = layer.q_norm(q), layer.k_norm(k)
         if angles is not None:

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from loramux.engine.layers.sampler import SamplingRow, process_logits, sample, token_logprobs, uniforms
+from loramux.engine.types import TokenSampling
+
+VOCAB = 40
+
+
+def row(seed: int = 1, tokens: list[int] | None = None, num_prompt: int = 1, **fields: Any) -> SamplingRow:
+    fields.setdefault("max_tokens", 10)
+    return SamplingRow(TokenSampling(**fields), seed, tokens or [0], num_prompt)
+
+
+def draws(logits: torch.Tensor, num: int = 4000, **fields: Any) -> Counter[int]:
+    rows = [row(seed, **fields) for seed in range(num)]
+    return Counter(sample(logits.expand(num, -1), rows).token_ids)
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+
+
+def test_greedy_and_drawing_rows_mix_in_one_batch(logits: torch.Tensor) -> None:
+    rows = [row(temperature=0.0), row(7, temperature=1.0), row(temperature=0.0)]
+
+    out = sample(logits.expand(3, -1), rows).token_ids
+
+    assert out[0] == out[2] == int(logits.argmax())
+    assert out[1] == sample(logits[None], [rows[1]]).token_ids[0]  # the batch does not matter
+
+
+def test_draws_follow_the_distribution(logits: torch.Tensor) -> None:
+    counts = draws(logits, temperature=0.7)
+    expected = torch.softmax(logits / 0.7, dim=-1) * 4000
+
+    observed = torch.tensor([counts[i] for i in range(VOCAB)], dtype=torch.float64)
+    chi_square = float(((observed - expected) ** 2 / expected.clamp(min=1)).sum())
+
+    assert chi_square < 90  # 39 degrees of freedom: p < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "support"),
+    [
+        ({"top_k": 3}, lambda p: p.topk(3).indices),
+        ({"top_p": 0.6}, lambda p: _nucleus(p, 0.6)),
+        ({"min_p": 0.3}, lambda p: (p >= 0.3 * p.max()).nonzero()[:, 0]),
+        ({"top_k": 5, "top_p": 0.5}, lambda p: _nucleus(_top(p, 5), 0.5)),
+        ({"allowed_token_ids": [3, 9]}, lambda p: torch.tensor([3, 9])),
+        ({"logit_bias": {5: 100.0}}, lambda p: torch.tensor([5])),
+        ({"top_k": VOCAB, "top_p": 0.0001}, lambda p: p.topk(1).indices),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_filters_leave_exactly_their_support(
+    logits: torch.Tensor, fields: dict[str, Any], support: Any
+) -> None:
+    allowed = set(support(torch.softmax(logits, dim=-1)).tolist())
+
+    assert set(draws(logits, **fields)) == allowed
+
+
+def _nucleus(p: torch.Tensor, mass: float) -> torch.Tensor:
+    probs, ids = (p / p.sum()).sort(descending=True)
+    return ids[(probs.cumsum(0) - probs) < mass]
+
+
+def _top(p: torch.Tensor, k: int) -> torch.Tensor:
+    out = torch.zeros_like(p)
+    ids = p.topk(k).indices
+    out[ids] = p[ids]
+    return out
+
+
+def test_nucleus_wider_than_the_candidates_is_found() -> None:
+    flat = torch.zeros(3000)
+
+    counts = draws(flat, num=6000, top_p=0.9)
+
+    assert 2300 < len(counts) <= 2700
+
+
+def test_penalties_count_prompt_and_output_as_they_should() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0, 3.0]])
+    tokens = [0, 1, 3, 3]  # prompt 0 1, output 3 3
+
+    repeated = process_logits(logits, [row(tokens=tokens, num_prompt=2, repetition_penalty=2.0)])
+    present = process_logits(logits, [row(tokens=tokens, num_prompt=2, presence_penalty=0.5)])
+    frequent = process_logits(logits, [row(tokens=tokens, num_prompt=2, frequency_penalty=0.5)])
+
+    assert repeated.tolist() == [[1.0, -4.0, 1.0, 1.5]]
+    assert present.tolist() == [[2.0, -2.0, 1.0, 2.5]]
+    assert frequent.tolist() == [[2.0, -2.0, 1.0, 2.0]]
+
+
+def test_min_tokens_forbids_every_stop() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0]])
+    early = row(tokens=[2], min_tokens=2, eos_token_ids=[0], stop_token_ids=[1], temperature=0.0)
+    late = row(tokens=[2, 2, 2], min_tokens=2, eos_token_ids=[0], temperature=0.0)
+
+    assert sample(logits.expand(2, -1), [early, late]).token_ids == [2, 0]
+
+
+def test_bad_words_forbid_only_the_completing_token() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0]])
+    words = [[2, 0]]
+
+    inside = row(tokens=[1, 2], num_prompt=1, bad_words_token_ids=words, temperature=0.0)
+    outside = row(tokens=[1, 1], num_prompt=1, bad_words_token_ids=words, temperature=0.0)
+    single = row(tokens=[1], bad_words_token_ids=[[0]], temperature=0.0)
+
+    assert sample(logits.expand(3, -1), [inside, outside, single]).token_ids == [1, 0, 1]
+
+
+def test_input_logits_are_not_changed(logits: torch.Tensor) -> None:
+    before = logits.clone()
+
+    sample(logits[None], [row(logit_bias={1: 5.0}, presence_penalty=1.0, tokens=[0, 1])])
+
+    assert torch.equal(logits, before)
+
+
+def test_logprobs_are_of_the_raw_logits_and_ranks_are_right(logits: torch.Tensor) -> None:
+    forced = row(logit_bias={7: 100.0}, temperature=0.0, logprobs=2)
+
+    (found,) = sample(logits[None], [forced]).logprobs
+
+    assert found is not None
+    reference = torch.log_softmax(logits, dim=-1)
+    assert found.token_ids == [7, *logits.topk(2).indices.tolist()]
+    assert found.logprobs == pytest.approx([float(reference[i]) for i in found.token_ids])
+    assert found.rank == int((logits > logits[7]).sum()) + 1
+
+
+def test_logprobs_of_many_rows_keep_their_order() -> None:
+    logits = torch.randn(600, VOCAB)
+    targets = torch.randint(VOCAB, (600,)).tolist()
+
+    found = token_logprobs(logits, targets, 0)
+
+    assert [f.token_ids for f in found] == [[t] for t in targets]
+    assert found[599].logprobs[0] == pytest.approx(
+        float(torch.log_softmax(logits[599], 0)[targets[599]]), abs=1e-5
+    )
+
+
+def test_uniforms_are_spread_and_depend_on_seed_and_step() -> None:
+    values = uniforms(list(range(1000)) * 2, [0] * 1000 + [1] * 1000)
+
+    assert len(set(values.tolist())) == 2000
+    assert 0.48 < values.mean() < 0.52
+    assert ((values >= 0) & (values < 1)).all()
