@@ -13,7 +13,8 @@ import urllib.request
 
 ASK = """
   curl -s {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "{model}", "temperature": 0, "max_tokens": 60, "messages": [{{"role": "user", "content": "{text}"}}]}}'
+    -d '{{"model": "{model}", "temperature": 0, "max_tokens": 60,
+         "messages": [{{"role": "user", "content": "{text}"}}]}}'
 """
 QUESTIONS = (
     ("smollm2", "What is the capital of France?"),
