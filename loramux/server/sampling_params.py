@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from loramux.engine.errors import ContextTooLong, InvalidRequest
 from loramux.engine.types import EngineInfo, TokenSampling
@@ -55,11 +55,6 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stop_token_ids", "bad_words"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, ())
-        if self.logit_bias is None:
-            object.__setattr__(self, "logit_bias", {})
         self._check_numbers()
         self._check_strings()
 
@@ -242,18 +237,19 @@ def _check_limit(name: str, value: int, limit: int, flag: str, unit: str = "") -
 
 
 def _check_range(
-    name: str,
-    value: Any,
-    *,
-    low: float,
-    high: float = math.inf,
-    above_low: bool = False,
+    name: str, value: object, *, low: float, high: float = math.inf, above_low: bool = False
 ) -> None:
-    """Refuse a number outside [low, high], or (low, high] with `above_low`; None is always fine."""
+    """Refuse a number outside [low, high], or (low, high] with `above_low`; None is always fine.
+
+    A bound that is an int asks for whole numbers.
+    """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequest(f"{name} must be a number, got {value!r}", param=name)
+    wanted = "an integer" if isinstance(low, int) else "a number"
+    kinds = (int,) if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InvalidRequest(f"{name} must be {wanted}, got {value!r}", param=name)
+    assert isinstance(value, int | float)
     inside = (low < value if above_low else low <= value) and value <= high
     if inside and value != math.inf:
         return
@@ -264,5 +260,6 @@ def _check_range(
 
 
 def _show(value: float) -> str:
-    text = str(value) if isinstance(value, int) and abs(value) < 10**20 else f"{value:g}"
-    return text
+    if isinstance(value, int) and value.bit_length() > 80:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -1,0 +1,55 @@
+"""The `loramux` command: `serve` and `bench`.
+
+Imports happen where they are used, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from loramux.version import __version__
+
+_USAGE: Final = """\
+usage: loramux COMMAND ...
+
+  serve MODEL   serve a model and its LoRA adapters (loramux serve --help)
+  bench         measure an OpenAI-compatible server (loramux bench --help)
+
+  --version     print the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else "--help"
+    if command == "serve":
+        return _serve(words[1:])
+    if command == "bench":
+        from loramux.server import bench
+
+        return bench.main(words[1:])
+    if command in ("--version", "-V"):
+        print(f"loramux {__version__}")
+        return 0
+    if command in ("--help", "-h"):
+        print(_USAGE, end="")
+        return 0 if words else 2
+    print(f"loramux: unknown command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
+    return 2
+
+
+def _serve(words: list[str]) -> int:
+    from loramux.engine.errors import InvalidConfig
+    from loramux.server.config import read_config
+
+    try:
+        config = read_config(words)
+    except InvalidConfig as error:
+        print(f"loramux serve: error: {error.message}", file=sys.stderr)
+        return 2
+    from loramux.server import lifecycle
+
+    return lifecycle.run(config)

@@ -1,0 +1,279 @@
+"""The server's life: start the engine, load adapters, serve, stop.
+
+The socket is bound before the model loads, so that a taken port fails at once, but listens only when
+requests are welcome. A known error on the way (a bad flag, adapter or model) is one line on stderr and
+exit code 1. SIGINT and SIGTERM end the server with exit code 0; a second one ends it without waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import uvicorn
+import uvloop
+
+from loramux.engine.client import ENGINE_COMMAND, EngineClient
+from loramux.engine.errors import AdapterError, InvalidConfig, LoramuxError
+from loramux.engine.types import AdapterSpec
+from loramux.resolvers.inspect import inspect_adapter
+from loramux.server.app import build_app, build_services
+from loramux.server.config import AdapterSource, Config, ServerConfig
+from loramux.server.model_source import resolve_model
+from loramux.server.services import Services
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S: Final = 3  # for connections whose answers have ended
+_PARALLEL_LOADS: Final = 4
+
+
+def run(config: Config, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
+    """Serve until a signal comes; returns the exit code.
+
+    Args:
+        config: of the whole server.
+        engine_command: the program that is the engine.
+    """
+    _set_up_logging(config.server.log_level)
+    for warning in config.warnings:
+        _say(f"warning: {warning}")
+    try:
+        uvloop.run(_Server(config, engine_command).run())
+    except LoramuxError as error:
+        _say(f"error: {error.message}")
+        return 1
+    return 0
+
+
+class _Server:
+    """One run of the server, from the bound socket to the last closed connection."""
+
+    def __init__(self, config: Config, engine_command: Sequence[str]) -> None:
+        self._config = config
+        self._engine_command = engine_command
+        self._engine: EngineClient | None = None
+        self._stop = asyncio.Event()
+        self._http: _Uvicorn | None = None
+
+    async def run(self) -> None:
+        """Start, serve and stop.
+
+        Raises:
+            LoramuxError: the start failed.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        listener = _bind(self._config.server)
+        try:
+            services = await self._unless_stopped(self._start())
+            if services is not None:
+                await self._serve(services, listener)
+        finally:
+            listener.close()
+            if self._engine is not None:
+                await self._engine.stop()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set() and self._http is not None:
+            self._http.force_exit = True
+        self._stop.set()
+
+    async def _unless_stopped(self, work: Coroutine[None, None, Services]) -> Services | None:
+        """The result of the start; None if a signal came first."""
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return None
+
+    async def _start(self) -> Services:
+        server = self._config.server
+        began_s = time.monotonic()
+        _say(f"loading model {server.model}")
+        folder = await asyncio.to_thread(
+            resolve_model,
+            server.model,
+            revision=server.revision,
+            download_dir=server.download_dir,
+            token=server.hf_token,
+        )
+        engine_config = msgspec.structs.replace(self._config.engine, model=str(folder))
+        self._engine = EngineClient(engine_config, command=self._engine_command)
+        info = await self._engine.start()
+        _say(
+            f"model loaded in {time.monotonic() - began_s:.1f} s: {info.architecture}, {info.dtype} on "
+            f"{info.device}, context {info.max_model_len} tokens, KV cache "
+            f"{info.num_kv_blocks * info.block_size} tokens"
+        )
+        services = await asyncio.to_thread(build_services, self._config, self._engine, folder)
+        await load_adapters(services, server.lora_modules)
+        return services
+
+    async def _serve(self, services: Services, listener: socket.socket) -> None:
+        server = self._config.server
+        self._http = _Uvicorn(_uvicorn_config(services, server))
+        serving = asyncio.ensure_future(self._http.serve(sockets=[listener]))
+        await self._http.listening.wait()
+        address = _address(server, listener)
+        if not server.api_keys and server.host in ("127.0.0.1", "localhost", "::1"):
+            _say("no --api-key: only this machine can connect; --host 0.0.0.0 opens it to others")
+        elif not server.api_keys:
+            _say(f"warning: no --api-key: everybody who reaches {address} can use the server")
+        _say(f"ready on {address} in {time.monotonic() - _STARTED_S:.1f} s")
+        await self._stop.wait()
+        _say("stopping")
+        services.stopping.set()
+        self._http.should_exit = True
+        deadline_s = time.monotonic() + server.shutdown_timeout_s
+        while services.generator.num_calls and time.monotonic() < deadline_s and not self._http.force_exit:
+            await asyncio.sleep(0.05)
+        await services.engine.stop()  # what still runs gets an error now
+        await serving
+
+
+async def load_adapters(services: Services, sources: Sequence[AdapterSource]) -> None:
+    """Inspect and load the adapters of the command line, several at a time, and register their names.
+
+    Raises:
+        AdapterError: one of them cannot be served; the message begins with its name.
+    """
+    gate = asyncio.Semaphore(_PARALLEL_LOADS)
+    loaded: dict[str, asyncio.Task[None]] = {}  # one load a digest
+
+    async def load(source: AdapterSource) -> AdapterSpec:
+        async with gate:
+            spec = await asyncio.to_thread(_inspect, source, services)
+            if spec.digest not in loaded:
+                loaded[spec.digest] = asyncio.create_task(services.engine.load_adapter(spec))
+            try:
+                await asyncio.shield(loaded[spec.digest])
+            except AdapterError as error:
+                raise _named(error, source) from error
+            return spec
+
+    tasks = [asyncio.create_task(load(source)) for source in sources]
+    try:
+        specs = await asyncio.gather(*tasks)
+    finally:
+        for task in (*tasks, *loaded.values()):
+            task.cancel()
+    for source, spec in zip(sources, specs, strict=True):
+        shown = Path(source.path).name or source.name
+        services.adapters.add(source.name, spec, source=shown, base_model_name=source.base_model_name)
+        _say(
+            f"adapter {source.name}: rank {spec.rank}, {len(spec.modules)} modules, "
+            f"{spec.nbytes / 1e6:.1f} MB"
+        )
+
+
+def _inspect(source: AdapterSource, services: Services) -> AdapterSpec:
+    info = services.engine.info
+    try:
+        return inspect_adapter(
+            Path(source.path).expanduser(), info.lora_sites, max_lora_rank=info.max_lora_rank
+        )
+    except AdapterError as error:
+        raise _named(error, source) from error
+
+
+def _named(error: AdapterError, source: AdapterSource) -> AdapterError:
+    """The same kind of error, with the adapter's name in front."""
+    return type(error)(f"adapter {source.name!r} ({source.path}): {error.message}", param=error.param)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn without its own signal handling, and with a sign that it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `_Server`, which ends the process with exit code 0."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets=sockets)
+        self.listening.set()
+
+
+def _uvicorn_config(services: Services, server: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        build_app(services),
+        http="httptools",
+        lifespan="off",
+        log_config=None,
+        access_log=server.access_log,
+        root_path=server.root_path,
+        server_header=False,
+        timeout_keep_alive=server.timeout_keep_alive_s,
+        timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+        ssl_keyfile=server.ssl_keyfile,
+        ssl_certfile=server.ssl_certfile,
+        ssl_ca_certs=server.ssl_ca_certs,
+        ssl_cert_reqs=server.ssl_cert_reqs,
+        ssl_ciphers=server.ssl_ciphers or "TLSv1",
+    )
+
+
+def _bind(server: ServerConfig) -> socket.socket:
+    """A bound socket that does not listen yet.
+
+    Raises:
+        InvalidConfig: the address is wrong or taken.
+    """
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((server.host, server.port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        message = f"cannot listen on {server.host} port {server.port}: {reason} (--host, --port)"
+        raise InvalidConfig(message, param="--port") from error
+    return listener
+
+
+def _address(server: ServerConfig, listener: socket.socket) -> str:
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    scheme = "https" if server.ssl_certfile else "http"
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
+_STARTED_S: Final = time.monotonic()  # about when the process started: this module is imported first
+
+
+def _say(line: str) -> None:
+    """A line for the person who started the server."""
+    sys.stderr.write(f"loramux: {line}\n")
+    sys.stderr.flush()
+
+
+def _set_up_logging(level: str) -> None:
+    number = logging.DEBUG if level == "trace" else logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(
+        level=max(number, logging.INFO) if number <= logging.DEBUG else number,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("loramux").setLevel(number)
+    logging.getLogger("uvicorn.error").setLevel(max(number, logging.WARNING))  # our own lines say more

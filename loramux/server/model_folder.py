@@ -1,0 +1,47 @@
+"""MODEL to a local folder: a folder stays what it is, a Hub id is downloaded once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from loramux.engine.errors import InvalidConfig
+
+# Only what is read: never pickled weights, never code.
+_FILES: Final = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_model_folder(model: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The folder that holds a model's config, weights and tokenizer.
+
+    Args:
+        model: a local folder, or an id on the Hugging Face Hub (at `HF_ENDPOINT`).
+        revision: branch, tag or commit of a Hub id.
+        download_dir: where the Hub's files are kept; None = the Hub's own cache folder.
+
+    Raises:
+        InvalidConfig: it is neither, or the Hub cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(model):
+        raise InvalidConfig(
+            f"model {model!r} is neither a folder nor an id of the form ORGANISATION/NAME", param="model"
+        )
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, cache_dir=download_dir, allow_patterns=_FILES
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise InvalidConfig(
+            f"model {model!r} is not a folder here, and the Hub did not give it: {why}", param="model"
+        ) from error

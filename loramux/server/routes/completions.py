@@ -1,0 +1,49 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from loramux.server.adapters import answer_headers
+from loramux.server.completion_answer import CompletionAnswer
+from loramux.server.disconnect import until_disconnect
+from loramux.server.routes.answer_id import answer_id
+from loramux.server.routes.body import JsonRoute
+from loramux.server.schemas.completions import CompletionRequest
+from loramux.server.services import ServicesDep
+from loramux.server.sse import EventStream
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request, body: CompletionRequest, services: ServicesDep) -> Response:
+    """Continue one or several prompts."""
+    adapter = services.adapter_of(body.model)
+    body.check_supported()
+    params = body.to_params(
+        dict(services.sampling_defaults),
+        max_tokens=1 if body.echo and body.max_tokens == 0 else body.max_tokens,
+        logprobs=body.logprobs,
+    )
+    prompts = await services.prompts.from_completion(
+        body.prompt,
+        add_special_tokens=body.add_special_tokens is not False,
+        truncate=body.truncate_prompt_tokens,
+    )
+    call = services.generator.plan(
+        prompts, params, adapter, cache_salt=body.cache_salt, priority=body.priority
+    )
+    answer = CompletionAnswer(
+        body,
+        call,
+        model=services.shown_model(body.model),
+        answer_id=answer_id("cmpl", request, body.request_id),
+        tokenizer=services.tokenizer,
+    )
+    headers = answer_headers(adapter)
+    if body.stream:
+        events = answer.events(services.generator.stream(call))
+        return EventStream(events, headers=headers, keep_alive_s=services.config.server.sse_keep_alive_s)
+    deltas = await until_disconnect(services.generator.collect(call), request.receive)
+    return Response(answer.whole(deltas), headers=headers, media_type="application/json")

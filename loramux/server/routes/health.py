@@ -1,0 +1,50 @@
+"""Probes and facts about the server: `/health`, `/live`, `/ready`, `/ping`, `/version`, `/load`.
+
+All but `/load` answer from memory, at once, and need no key.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Response
+
+from loramux.server.services import ServicesDep
+from loramux.version import __version__
+
+router = APIRouter()
+
+
+@router.get("/live")
+async def live() -> Response:
+    """200 while this process answers at all."""
+    return Response()
+
+
+@router.get("/health")
+@router.get("/ping")
+@router.post("/ping")
+async def health(services: ServicesDep) -> Response:
+    """200 while the engine runs, else 503; empty bodies, as probes expect."""
+    return Response(status_code=200 if services.engine.is_alive else 503)
+
+
+@router.get("/ready")
+async def ready(services: ServicesDep) -> Response:
+    """200 when requests are welcome, else 503 with the reasons."""
+    reasons = services.not_ready()
+    body = msgspec.json.encode({"ready": not reasons, "reasons": reasons})
+    return Response(body, 503 if reasons else 200, media_type="application/json")
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The server's version."""
+    return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
+
+
+@router.get("/load")
+async def load(services: ServicesDep) -> Response:
+    """Calls in flight, and the engine's own counts."""
+    stats = await services.engine.stats()
+    counts = {"server_load": services.generator.num_calls, **msgspec.structs.asdict(stats)}
+    return Response(msgspec.json.encode(counts), media_type="application/json")
