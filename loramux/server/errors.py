@@ -152,14 +152,17 @@ def explain_validation(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str 
 def _sentence(field: str, rules: list[str], value: str | None) -> str:
     where = f"'{field}'" if field else "The request body"
     got = f", got {value}" if value is not None else ""
-    return f"{where}: {' or '.join(rules[:6])}{got}."
+    return f"{where} {' or '.join(rules[:6])}{got}."
 
 
 def _rule(problem: Mapping[str, Any]) -> str:
+    """Pydantic's words, as the end of a sentence about the field."""
     if problem["type"] == "missing":
-        return "this field is required"
+        return "is required"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
+    if message.startswith("Input should "):
+        return f"must {message.removeprefix('Input should ')}"
+    return f": {message}"
 
 
 def _field_name(location: Sequence[int | str]) -> str:

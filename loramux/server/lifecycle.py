@@ -28,7 +28,7 @@ from loramux.engine.types import AdapterSpec
 from loramux.resolvers.inspect import inspect_adapter
 from loramux.server.app import build_app, build_services
 from loramux.server.config import AdapterSource, Config, ServerConfig
-from loramux.server.model_source import resolve_model
+from loramux.server.model_folder import find_model_folder
 from loramux.server.services import Services
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class _Server:
         began_s = time.monotonic()
         _say(f"loading model {server.model}")
         folder = await asyncio.to_thread(
-            resolve_model,
+            find_model_folder,
             server.model,
             revision=server.revision,
             download_dir=server.download_dir,

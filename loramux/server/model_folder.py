@@ -16,19 +16,25 @@ _FILES: Final = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find_model_folder(model: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The folder that holds a model's config, weights and tokenizer.
+def find_model_folder(
+    model: str, *, revision: str | None = None, download_dir: str | None = None, token: str | None = None
+) -> Path:
+    """The folder that holds a model's config, weights and tokenizer. May download, and block meanwhile.
 
     Args:
         model: a local folder, or an id on the Hugging Face Hub (at `HF_ENDPOINT`).
         revision: branch, tag or commit of a Hub id.
         download_dir: where the Hub's files are kept; None = the Hub's own cache folder.
+        token: for gated models; None = what the Hub's own client finds.
 
     Raises:
-        InvalidConfig: it is neither, or the Hub cannot be reached.
+        InvalidConfig: it is neither, the folder holds no model, or the Hub cannot be reached.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            hint = " (it holds a LoRA adapter)" if (folder / "adapter_config.json").is_file() else ""
+            raise InvalidConfig(f"model {model!r} is a folder without config.json{hint}", param="model")
         return folder
     if not _HUB_ID.fullmatch(model):
         raise InvalidConfig(
@@ -37,11 +43,11 @@ def find_model_folder(model: str, *, revision: str | None = None, download_dir: 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                model, revision=revision, cache_dir=download_dir, allow_patterns=_FILES
+                model, revision=revision, cache_dir=download_dir, token=token, allow_patterns=_FILES
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InvalidConfig(
             f"model {model!r} is not a folder here, and the Hub did not give it: {why}", param="model"
         ) from error

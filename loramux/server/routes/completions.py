@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request, Response
 
 from loramux.server.adapters import answer_headers
@@ -26,6 +28,8 @@ async def create_completion(request: Request, body: CompletionRequest, services:
         max_tokens=1 if body.echo and body.max_tokens == 0 else body.max_tokens,
         logprobs=body.logprobs,
     )
+    if body.echo and body.logprobs is not None:
+        params = replace(params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
     prompts = await services.prompts.from_completion(
         body.prompt,
         add_special_tokens=body.add_special_tokens is not False,
