@@ -80,6 +80,14 @@ class LoraModule(msgspec.Struct, frozen=True, array_like=True):
     file: str  # safetensors file, relative to the adapter's folder
 
 
+class AdapterFile(msgspec.Struct, frozen=True, array_like=True):
+    """A weights file as the inspection read it; if it looks different later, it is another adapter."""
+
+    name: str  # relative to the adapter's folder
+    size: int  # bytes
+    mtime_ns: int
+
+
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """An adapter that passed inspection: everything the engine needs to read it."""
 
@@ -88,6 +96,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     rank: int  # the largest rank of any module
     nbytes: int  # tensor bytes on disk
     modules: list[LoraModule]
+    files: list[AdapterFile]
     base_model: str | None = None  # what the config says it was trained on
 
 

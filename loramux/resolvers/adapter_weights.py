@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import BinaryIO, Final, NamedTuple
 
+from loramux.engine.types import AdapterFile
 from loramux.resolvers.adapter_folder import INDEX_FILE, WEIGHTS_FILE, AdapterFolder
 from loramux.resolvers.refusal import examples, refused, shown
 from loramux.resolvers.safetensors_header import MAX_HEADER_BYTES, TensorEntry, read_header
@@ -55,6 +56,16 @@ def open_weights(folder: AdapterFolder, stack: contextlib.ExitStack) -> list[Ada
             param=pickles[0],
         )
     raise refused(f"the adapter's folder has no {WEIGHTS_FILE}", param=WEIGHTS_FILE)
+
+
+def weights_files(files: Iterable[WeightsFile]) -> list[AdapterFile]:
+    """Size and time of each file, before its tensors are read."""
+    found = {}
+    for file in files:
+        if file.name not in found:
+            status = os.fstat(file.handle.fileno())
+            found[file.name] = AdapterFile(file.name, status.st_size, status.st_mtime_ns)
+    return list(found.values())
 
 
 def _open_file(folder: AdapterFolder, name: str, stack: contextlib.ExitStack) -> list[AdapterTensor]:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from loramux.engine.errors import AdapterIncompatible
 from loramux.engine.types import AdapterSpec, LoraModule, LoraSite
 from loramux.resolvers.adapter_folder import WEIGHTS_FILE, AdapterFolder
-from loramux.resolvers.adapter_weights import AdapterTensor, content_digest, open_weights
+from loramux.resolvers.adapter_weights import AdapterTensor, content_digest, open_weights, weights_files
 from loramux.resolvers.module_patterns import by_pattern, selected_modules
 from loramux.resolvers.peft_config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from loramux.resolvers.refusal import CONFIG_FILE, config_refused, examples, refused, shown
@@ -56,7 +56,8 @@ class _Pair(NamedTuple):
 def inspect_adapter(path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank: int) -> AdapterSpec:
     """Check that the adapter in folder `path` can be served by the base model.
 
-    The whole folder is read once, for the digest; it must not change meanwhile.
+    The whole folder is read once, for the digest. The spec notes size and time of every file, so
+    that the engine can tell when it changed since.
 
     Args:
         path: the folder that PEFT's `save_pretrained` wrote.
@@ -79,6 +80,7 @@ def inspect_adapter(path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank:
         pairs = _pair(open_weights(folder, stack), settings, sites, selected)
         for module, pair in pairs.items():
             _check_shapes(module, pair, sites[module], scalings[module].rank)
+        files = weights_files(pair_tensor.file for pair in pairs.values() for pair_tensor in pair)
         digest = content_digest(
             {module: (scaling.rank, scaling.scale) for module, scaling in scalings.items()},
             {
@@ -103,6 +105,7 @@ def inspect_adapter(path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank:
             )
             for module, scaling in scalings.items()
         ],
+        files=files,
         base_model=settings.base_model,
     )
 

@@ -97,9 +97,10 @@ def read_adapter(spec: AdapterSpec, config: ModelConfig, dtype: torch.dtype) -> 
 
     Raises:
         AdapterNotFound: a file is gone since the inspection.
-        AdapterIncompatible: a file is not what the inspection saw, or holds a number that is not
+        AdapterIncompatible: a file changed since the inspection, or holds a number that is not
             finite (which would reach other adapters' rows through a masked product).
     """
+    _check_unchanged(spec)
     sites = config.lora_sites()
     modules: dict[str, ModuleWeights] = {}
     for module, a, b in _tensors(spec):
@@ -119,7 +120,21 @@ def read_adapter(spec: AdapterSpec, config: ModelConfig, dtype: torch.dtype) -> 
                     f"tensor {key} of the adapter holds numbers that are not finite in {dtype}"
                 )
         modules[module.module] = weights
+    _check_unchanged(spec)  # again: it may have been rewritten while it was read
     return HostAdapter(spec.digest, spec.rank, modules)
+
+
+def _check_unchanged(spec: AdapterSpec) -> None:
+    """The digest was computed over these files; other bytes under it would be the wrong weights."""
+    for file in spec.files:
+        try:
+            status = (Path(spec.path) / file.name).stat()
+        except OSError:
+            raise AdapterNotFound(f"No adapter found for {spec.path}: its files are gone") from None
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise AdapterIncompatible(
+                f"{file.name} of the adapter changed while it was being loaded; load it again"
+            )
 
 
 def _tensors(spec: AdapterSpec) -> Iterator[tuple[LoraModule, Tensor, Tensor]]:
