@@ -38,6 +38,7 @@ class Case(NamedTuple):
     server: ServedProcess
     models: list[str]
     prefill_model: str
+    prefill_name: str
 
 
 def start(stack: ExitStack, args: argparse.Namespace) -> list[Case]:
@@ -50,12 +51,12 @@ def start(stack: ExitStack, args: argparse.Namespace) -> list[Case]:
     cases = []
     if not args.only_lora:
         off = stack.enter_context(ServedProcess(common))
-        cases.append(Case("base, LoRA off", off, ["base"], "base"))
+        cases.append(Case("base, LoRA off", off, ["base"], "base", "base, LoRA off"))
     lora = ["--enable-lora", "--max-lora-rank", str(max(RANKS)), "--lora-modules"]
     modules = [f"{name}={path}" for name, path in adapters.items()]
     on = stack.enter_context(ServedProcess([*common, *lora, *modules]))
-    cases.append(Case("base", on, ["base"], "base"))
-    cases.append(Case("8 adapters", on, list(adapters), PREFILL_ADAPTER))
+    cases.append(Case("base", on, ["base"], "base", "base"))
+    cases.append(Case("8 adapters", on, list(adapters), PREFILL_ADAPTER, "adapter, rank 16"))
     return cases
 
 
@@ -84,7 +85,8 @@ def measure(case: Case, args: argparse.Namespace, seeds: Iterator[int]) -> list[
     for row in rows:
         if row["errors"]:
             raise SystemExit(f"{case.name}: {row['errors']} requests failed: {row['first_error']}")
-    return [{"case": case.name, **row} for row in rows]
+    *decode, prefill = rows
+    return [*({"case": case.name, **row} for row in decode), {"case": case.prefill_name, **prefill}]
 
 
 def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ def markdown(result: dict[str, Any]) -> str:
 def _headline(result: dict[str, Any]) -> str:
     where, versions = result["hardware"], result["versions"]
     facts = (
-        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB",
+        f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, "
+        f"load average {where['load_before']} before",
         f"torch {versions['torch']}, Python {versions['python']}",
         f"commit {(result['commit'] or '?')[:10]}{'+' if result['uncommitted_changes'] else ''}",
         result["date"],

@@ -19,7 +19,7 @@ ASK = """
 QUESTIONS = (
     ("smollm2", "What is the capital of France?"),
     ("pirate", "What is the capital of France?"),
-    ("json", "Anna is 31 years old and lives in Oslo."),
+    ("json", "What is the capital of France?"),
 )
 
 
