@@ -70,7 +70,9 @@ def test_the_installed_wheel_knows_its_version(wheel: Path, tmp_path: Path) -> N
     run(*pip, str(wheel))
 
     told = run(str(tmp_path / "bin" / "loramux"), "--version", PYTHONPATH=str(tmp_path))
-    where = run(sys.executable, "-c", "import loramux; print(loramux.__file__)", PYTHONPATH=str(tmp_path))
+    where = run(
+        sys.executable, "-P", "-c", "import loramux; print(loramux.__file__)", PYTHONPATH=str(tmp_path)
+    )
 
     assert __version__ in told
     assert Path(where.strip()).is_relative_to(tmp_path)
