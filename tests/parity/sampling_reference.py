@@ -61,16 +61,13 @@ def assert_drawn_from(drawn: list[int], expected: list[float]) -> None:
     counts = Counter(drawn)
     impossible = {token for token in counts if expected[token] == 0.0}
     assert not impossible, f"tokens {impossible} were drawn with probability 0"
-    statistic, cells, pooled_seen, pooled_expected = 0.0, 0, 0, 0.0
-    for token, probability in enumerate(expected):
-        mean = probability * len(drawn)
-        if mean < 5:
-            pooled_seen, pooled_expected = pooled_seen + counts[token], pooled_expected + mean
-            continue
-        statistic += (counts[token] - mean) ** 2 / mean
-        cells += 1
-    if pooled_expected > 0:
-        statistic += (pooled_seen - pooled_expected) ** 2 / pooled_expected
-        cells += 1
-    freedom = max(cells - 1, 1)
+    cells: list[tuple[int, float]] = []  # (seen, expected), at least 5 expected in each but the last
+    seen, mean = 0, 0.0
+    for token in sorted(range(len(expected)), key=lambda token: -expected[token]):
+        seen, mean = seen + counts[token], mean + expected[token] * len(drawn)
+        if mean >= 5:
+            cells.append((seen, mean))
+            seen, mean = 0, 0.0
+    statistic = sum((seen - mean) ** 2 / mean for seen, mean in cells) + (seen - mean) ** 2 / (mean + 1)
+    freedom = max(len(cells) - 1, 1)
     assert statistic < freedom + 5 * math.sqrt(2 * freedom) + 5, f"chi-square {statistic}, {freedom} degrees"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -159,13 +160,14 @@ def test_draws_without_a_seed_follow_the_distribution(served: Served, reference:
 
 
 def test_later_draws_of_one_seed_are_independent(served: Served, reference: Reference) -> None:
-    answer = served.ask(PROMPT, max_tokens=400, temperature=1.0, seed=3)
+    options: dict[str, Any] = {"max_tokens": 480, "temperature": 60.0}  # so hot that all steps are alike
 
-    rows = reference.logprobs([*PROMPT, *answer.tokens])[len(PROMPT) - 1 : -1]
-    surprise = -rows[torch.arange(len(rows)), torch.tensor(answer.tokens)]
-    entropy = -(rows.exp() * rows).sum(-1)
-    # The mean surprise of honest draws is the mean entropy, give or take its own spread.
-    assert abs(float((surprise - entropy).mean())) < 4 * float(surprise.std()) / len(rows) ** 0.5
+    tokens = served.ask(PROMPT, seed=3, **options).tokens
+
+    rows = reference.logits([*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
+    expected = torch.softmax(rows / 60.0, dim=-1).mean(0).tolist()
+    assert_drawn_from(tokens, expected)
+    assert_drawn_from([(b - a) % 131 for a, b in itertools.pairwise(tokens)], [1 / 131] * 131)
 
 
 def test_seeded_request_gives_the_same_tokens_alone_in_a_batch_and_preempted(zoo: Zoo) -> None:
@@ -264,14 +266,30 @@ def test_stop_token_at_the_last_allowed_place_counts_as_stop(served: Served, ref
 def test_min_tokens_holds_the_end_back(served: Served, reference: Reference, field: str) -> None:
     plain = reference.greedy(PROMPT).tokens
     at = first_new(plain, 8)
-    options: dict[str, Any] = {"min_tokens": at + 6, field: [plain[at]]}
 
-    answer = served.ask(PROMPT, max_tokens=STEPS, **options)
+    for min_tokens in (at + 1, at + 2, at + 6):  # the token would be the at + 1st
+        options: dict[str, Any] = {"min_tokens": min_tokens, field: [plain[at]]}
+        answer = served.ask(PROMPT, max_tokens=STEPS, **options)
 
-    expected = expected_tokens(reference, options)
-    assert len(answer.tokens) >= at + 6
-    assert answer.tokens == expected[: len(answer.tokens)]
-    assert plain[at] not in answer.tokens[: at + 6]
+        expected = expected_tokens(reference, options)
+        assert len(answer.tokens) >= min_tokens
+        assert answer.tokens == expected[: len(answer.tokens)]
+        assert plain[at] not in answer.tokens[:min_tokens]
+
+
+@pytest.mark.parametrize("field", ["eos_token_ids", "stop_token_ids"])
+def test_end_after_exactly_min_tokens_is_allowed(served: Served, reference: Reference, field: str) -> None:
+    plain = reference.greedy(PROMPT).tokens
+    at = first_new(plain, 8)
+    options: dict[str, Any] = {field: [plain[at]]}
+
+    early = served.ask(PROMPT, min_tokens=at, **options)
+    held = served.ask(PROMPT, min_tokens=at + 1, max_tokens=at + 1, **options)
+
+    assert (len(early.tokens), early.finish_reason) == (at + 1, "stop")
+    assert held.tokens[:at] == plain[:at]
+    assert held.tokens[at] != plain[at]
+    assert held.finish_reason == "length"
 
 
 def test_one_token_requests_end_at_once(served: Served, reference: Reference) -> None:
