@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import pytest
 from loramux.version import __version__
 
 ROOT = Path(__file__).parent.parent
+DISTRIBUTION = {"zmq": "pyzmq"}  # import name -> distribution, where they differ
+INDIRECT = {"pyyaml"}  # msgspec.yaml needs it
 
 
 def run(*command: str, **environment: str) -> str:
@@ -76,6 +80,27 @@ def test_the_installed_wheel_knows_its_version(wheel: Path, tmp_path: Path) -> N
 
     assert __version__ in told
     assert Path(where.strip()).is_relative_to(tmp_path)
+
+
+def test_every_dependency_is_imported_and_every_import_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", entry)[0].lower() for entry in project["dependencies"]}
+    imported = {
+        name.split(".")[0]
+        for path in (ROOT / "loramux").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in imported_names(node)
+    }
+    used = {DISTRIBUTION.get(name, name) for name in imported - sys.stdlib_module_names - {"loramux"}}
+
+    assert used | INDIRECT == declared
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """The modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
 def instructions() -> list[tuple[str, str]]:
