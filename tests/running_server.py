@@ -1,0 +1,102 @@
+"""A real server process for tests: started with flags, stopped with a signal, on a port of its own."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+ROOT: Final = Path(__file__).parents[1]
+SERVE: Final = (sys.executable, "-m", "loramux", "serve")
+_READY: Final = re.compile(r"ready on (\S+)")
+_START_TIMEOUT_S: Final = 120.0
+
+
+class RunningServer:
+    """One process of `loramux serve`, or of something that takes the same flags."""
+
+    def __init__(self, arguments: Sequence[str], *, command: Sequence[str] = SERVE) -> None:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
+        environ["OMP_NUM_THREADS"] = "1"
+        self.process = subprocess.Popen(
+            [*command, *arguments, "--port=0"],
+            cwd=ROOT,
+            env=environ,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []  # of stderr
+        self.url = ""
+        self._ready: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def stderr(self) -> str:
+        """Everything the process has written there."""
+        return "".join(self.lines)
+
+    def wait_ready(self) -> None:
+        """Block until the server says that it is ready; fails if it ends instead."""
+        url = self._ready.get(timeout=_START_TIMEOUT_S)
+        assert url is not None, f"the server ended:\n{self.stderr}"
+        self.url = url
+
+    def wait_ended(self, timeout_s: float = 60.0) -> int:
+        """The exit code of a process that ends by itself."""
+        code = self.process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        return code
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """End the process with a signal; returns its exit code."""
+        self.process.send_signal(number)
+        return self.wait_ended()
+
+    def client(self) -> httpx.Client:
+        """A plain HTTP client for this server."""
+        return httpx.Client(base_url=self.url, timeout=60.0)
+
+    def engine_pid(self) -> int:
+        """The process id of the engine: the server's only child."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        assert len(children) == 1, children
+        return int(children[0])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if match := _READY.search(line):
+                self._ready.put(match[1])
+        self._ready.put(None)
+
+
+@contextmanager
+def running_server(*arguments: str, command: Sequence[str] = SERVE) -> Iterator[RunningServer]:
+    """A server that is ready, and ended (killed if need be) at the end."""
+    server = RunningServer(arguments, command=command)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGINT)
+        try:
+            server.wait_ended(20.0)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.process.pid, signal.SIGKILL)
+            server.wait_ended()
+        assert server.process.stderr is not None
+        server.process.stderr.close()
