@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loramux.resolvers.base import Resolver, ResolverContext
 from loramux.version import __version__
 
 if TYPE_CHECKING:
     from loramux.llm import LLM, LoRARequest, RequestOutput, SamplingParams
 
-__all__ = ["LLM", "LoRARequest", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "LoRARequest",
+    "RequestOutput",
+    "Resolver",
+    "ResolverContext",
+    "SamplingParams",
+    "__version__",
+]
 
 _LAZY = {
     "LLM": "loramux.llm",

@@ -11,7 +11,8 @@ travels as `(class name, message, param)` and is rebuilt by `from_wire`.
     ├── AdapterError              (abstract) something is wrong with an adapter
     │   ├── AdapterNotFound       no adapter at that path or under that name
     │   ├── AdapterIncompatible   it exists, but this server cannot serve it; never retry
-    │   └── AdapterUnavailable    its source was down or slow; retry later
+    │   ├── AdapterUnavailable    its source was down or slow; retry later
+    │   └── AdapterSourceAuth     its source refused the server's credentials
     ├── UnsupportedModel          the base model cannot be served; start-up stops
     ├── InvalidConfig             a flag, variable or file entry is wrong; start-up stops
     ├── Overloaded                the caller must come back later
@@ -63,6 +64,10 @@ class AdapterIncompatible(AdapterError):
 
 class AdapterUnavailable(AdapterError):
     """The adapter's source was down or slow; a later try may succeed."""
+
+
+class AdapterSourceAuth(AdapterError):
+    """The adapter's source refused the credentials that this server has for it."""
 
 
 class UnsupportedModel(LoramuxError):
