@@ -86,7 +86,7 @@ class PinnedSource:
 
     @property
     def public(self) -> str:
-        """As clients may see it (`root` in the model list): a folder of this machine by its last name only."""
+        """As clients may see it (`root` in the model list): a local folder by its last name only."""
         return self.uri.rpartition("/")[2] if self.uri.startswith("file:") else self.uri
 
 
