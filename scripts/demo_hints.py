@@ -44,10 +44,11 @@ def is_running(pid: int) -> bool:
 def main() -> None:
     """Poll, then print."""
     url, pid = sys.argv[1], int(sys.argv[2])
-    while not is_ready(url):
-        if not is_running(pid):
-            return
+    time.sleep(1.5)  # if the port is taken our server has ended by then, and another one would answer
+    while is_running(pid) and not is_ready(url):
         time.sleep(0.2)
+    if not is_running(pid):
+        return
     print("\nThe server is ready. In another terminal, try the base model and two of its adapters:")
     for model, text in QUESTIONS:
         print(ASK.format(url=url, model=model, text=text), end="")
