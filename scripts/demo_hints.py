@@ -44,7 +44,7 @@ def is_running(pid: int) -> bool:
 def main() -> None:
     """Poll, then print."""
     url, pid = sys.argv[1], int(sys.argv[2])
-    time.sleep(1.5)  # if the port is taken our server has ended by then, and another one would answer
+    time.sleep(2)  # if the port is taken our server has ended by then, and another one would answer
     while is_running(pid) and not is_ready(url):
         time.sleep(0.2)
     if not is_running(pid):
