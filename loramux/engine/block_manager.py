@@ -39,6 +39,7 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}  # the inverse
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low ids are used first
         self._cached: OrderedDict[int, None] = OrderedDict()  # unreferenced, oldest first
+        self._owner_of: dict[int, str | None] = {}  # block -> adapter, for blocks offered to the cache
 
     @property
     def num_free(self) -> int:
@@ -78,11 +79,15 @@ class BlockManager:
             return None
         return [self._take() for _ in range(count)]
 
-    def publish(self, block: int, block_hash: bytes) -> None:
-        """Offer a full, computed block to later requests. The first block of a hash wins."""
+    def publish(self, block: int, block_hash: bytes, owner: str | None = None) -> None:
+        """Offer a full, computed block to later requests. The first block of a hash wins.
+
+        `owner` is the adapter that computed it, None for the base model; see `forget`.
+        """
         if self.enable_prefix_caching and block_hash not in self._block_of and block not in self._hash_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
+            self._owner_of[block] = owner
 
     def release(self, blocks: list[int]) -> None:
         """Give back one reference each; the tail is forgotten before the head."""
@@ -95,6 +100,15 @@ class BlockManager:
                 else:
                     self._free.append(block)
 
+    def forget(self, owner: str) -> int:
+        """Free the cached blocks of an adapter that is gone; returns how many."""
+        blocks = [block for block in self._cached if self._owner_of[block] == owner]
+        for block in blocks:
+            del self._cached[block]
+            self._unpublish(block)
+            self._free.append(block)
+        return len(blocks)
+
     def check_invariants(self) -> None:
         """Every block is in exactly one state and the hash maps agree. For tests."""
         free, cached = set(self._free), set(self._cached)
@@ -106,6 +120,7 @@ class BlockManager:
         assert free | cached | used == set(range(self.num_blocks))
         assert cached <= set(self._hash_of)
         assert not free & set(self._hash_of)
+        assert set(self._owner_of) == set(self._hash_of)
         assert {block: h for h, block in self._block_of.items()} == self._hash_of
 
     def _take(self) -> int:
@@ -113,6 +128,10 @@ class BlockManager:
             block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
+            self._unpublish(block)
         self._refs[block] = 1
         return block
+
+    def _unpublish(self, block: int) -> None:
+        del self._block_of[self._hash_of.pop(block)]
+        del self._owner_of[block]

@@ -29,7 +29,14 @@ from loramux.engine import messages
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import EngineDead, LoramuxError, from_wire
 from loramux.engine.messages import FromEngine, ToEngine
-from loramux.engine.types import AdapterSpec, EngineInfo, EngineStats, Request, SequenceOutput
+from loramux.engine.types import (
+    AdapterSpec,
+    EngineInfo,
+    EngineStats,
+    FreedMemory,
+    Request,
+    SequenceOutput,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +167,7 @@ class EngineClient:
         """Start several sequences together; their outputs come in one iterator, interleaved."""
         return SequenceStream(self, requests)
 
-    async def load_adapter(self, spec: AdapterSpec) -> None:
+    async def load_adapter(self, spec: AdapterSpec, *, pinned: bool = False) -> None:
         """Read an adapter into the engine; returns when requests may use its digest.
 
         Raises:
@@ -168,12 +175,19 @@ class EngineClient:
             EngineDead: the engine process ended.
         """
         call_id = next(self._call_ids)
-        await self._call(call_id, messages.LoadAdapter(call_id, spec))
+        await self._call(call_id, messages.LoadAdapter(call_id, spec, pinned))
 
-    async def unload_adapter(self, digest: str) -> None:
-        """Refuse new requests for an adapter at once; its memory goes with its last sequence."""
+    async def unload_adapter(self, digest: str) -> FreedMemory:
+        """Refuse new requests for an adapter at once; returns when its last sequence has ended.
+
+        Raises:
+            AdapterNotFound: the engine does not have it.
+            EngineDead: the engine process ended.
+        """
         call_id = next(self._call_ids)
-        await self._call(call_id, messages.UnloadAdapter(call_id, digest))
+        reply = await self._call(call_id, messages.UnloadAdapter(call_id, digest))
+        assert reply.freed is not None
+        return reply.freed
 
     async def stats(self) -> EngineStats:
         """A snapshot of the engine's load, taken between two steps."""

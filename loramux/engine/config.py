@@ -31,6 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_lora_rank: int = 256  # an adapter above it is refused
     num_lanes: int | None = None  # None = max_loras * LANE_POOL_RANK
     lora_dtype: str = "auto"  # auto = the model's
+    max_cpu_loras: int | None = None  # adapters in host memory; None = as many as host_lora_bytes holds
+    host_lora_bytes: int = 4 << 30  # of adapter weights in host memory
 
     def __post_init__(self) -> None:
         positive = (
@@ -43,6 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("num_kv_blocks", "--num-gpu-blocks-override"),
             ("num_threads", "--num-threads"),
             ("kv_cache_bytes", "--kv-cache-bytes"),
+            ("max_cpu_loras", "--max-cpu-loras"),
+            ("host_lora_bytes", "--host-lora-bytes"),
         )
         for field, flag in positive:
             value = getattr(self, field)

@@ -7,11 +7,12 @@ offline `LLM` and the tests call it directly.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 
 from loramux.engine.adapters.lanes import LaneTable
+from loramux.engine.adapters.residency import AdapterResidency, OnGone, OnLoaded
 from loramux.engine.adapters.store import AdapterStore
-from loramux.engine.adapters.weights import HostAdapter
 from loramux.engine.block_manager import BlockManager
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import (
@@ -20,10 +21,13 @@ from loramux.engine.errors import (
     ContextTooLong,
     InvalidConfig,
     InvalidRequest,
+    LoramuxError,
 )
 from loramux.engine.model_runner import ModelRunner
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.types import AdapterSpec, EngineInfo, EngineStats, Request, SequenceOutput
+
+STALLED_WAIT_S = 0.01  # longest sleep of a step in which nothing can run; bounds the delay of an abort
 
 
 class Engine:
@@ -41,7 +45,11 @@ class Engine:
         started = time.monotonic()
         self.config = config
         self.runner = ModelRunner(config, on_layer)
-        self.adapters = AdapterStore(LaneTable(config.lane_pool))
+        self.adapters = AdapterStore(
+            LaneTable(config.lane_pool),
+            max_host_bytes=config.host_lora_bytes,
+            max_host_adapters=config.max_cpu_loras,
+        )
         rope = self.runner.model_config.rope
         self.scheduler = Scheduler(
             blocks=BlockManager(
@@ -54,6 +62,15 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             shared_prefix_limit=rope.original_max_position if rope and rope.kind == "dynamic" else None,
         )
+        self.residency = AdapterResidency(
+            self.adapters,
+            read=self.runner.read_adapter,
+            fill=self.runner.fill_lanes,
+            forget_kv=self.scheduler.blocks.forget,
+            fail_waiting=self._fail_waiting,
+        )
+        self._close = weakref.finalize(self, self.residency.loader.close)
+        self._failures: list[tuple[str, LoramuxError]] = []
         self.info = self._describe(time.monotonic() - started)
 
     def add_request(self, request: Request) -> None:
@@ -90,68 +107,76 @@ class Engine:
     def abort(self, request_ids: list[str]) -> None:
         """Stop sequences; unknown ids (already finished) are fine."""
         for request_id in request_ids:
-            digest = self.scheduler.abort(request_id)
-            if digest is not None:
-                self.runner.remove_adapter(digest)
+            self.scheduler.abort(request_id)
 
     def has_work(self) -> bool:
         """True while any sequence is waiting or running."""
         return self.scheduler.has_work()
 
     def step(self) -> list[SequenceOutput]:
-        """Run one batch: at most one forward pass, at most one new token a sequence."""
+        """Run one batch: at most one forward pass, at most one new token a sequence.
+
+        When every sequence waits for an adapter, sleeps a moment for the loader instead.
+        """
+        self.residency.advance()  # adapters that arrived, adapters to fetch
         batch = self.scheduler.schedule(time.monotonic())  # who runs, with which blocks and lanes
         if batch is None:
+            if self.scheduler.has_work():
+                self.residency.advance()  # the scheduler may just have asked for an adapter
+                self.residency.wait(STALLED_WAIT_S)
             return []
-        result = self.runner.execute(batch)  # the only call that touches the device
-        outputs, gone = self.scheduler.update(batch, result)  # append, finish, release
-        for digest in gone:
-            self.runner.remove_adapter(digest)
-        return outputs
+        result = self.runner.execute(batch)  # the only call that computes
+        return self.scheduler.update(batch, result)  # append, finish, release
 
-    def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
-        """Read an adapter's files into host memory; safe in another thread.
+    def take_failures(self) -> list[tuple[str, LoramuxError]]:
+        """Sequences that ended because their adapter could not be had, since the last call."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def begin_load(self, spec: AdapterSpec, on_loaded: OnLoaded, *, pinned: bool = False) -> None:
+        """Read an adapter in the background; `on_loaded` is called in a later step.
 
         Raises:
             InvalidConfig: the engine was started without LoRA.
-            AdapterIncompatible, AdapterNotFound: its files are not what the inspection saw, or it
-                does not fit into the lane pool.
+            AdapterIncompatible: its rank exceeds the limit, or does not fit into the lane pool.
         """
-        if not self.config.enable_lora:
-            raise InvalidConfig(
-                "LoRA is not enabled. Use --enable-lora to enable LoRA.", param="--enable-lora"
-            )
-        if spec.rank > self.config.max_lora_rank:
-            raise AdapterIncompatible(
-                f"LoRA rank {spec.rank} is greater than max_lora_rank {self.config.max_lora_rank}; "
-                "raise --max-lora-rank"
-            )
-        if not self.adapters.lanes.fits(spec.rank):
-            raise AdapterIncompatible(
-                f"LoRA rank {spec.rank} needs more than the {self.config.lane_pool} lanes of the pool; "
-                "raise --max-loras or --num-lanes"
-            )
-        return self.runner.read_adapter(spec)
+        self._check_loadable(spec)
+        self.residency.load(spec, on_loaded, pinned=pinned)
+        self.residency.advance()
 
-    def add_adapter(self, adapter: HostAdapter) -> None:
-        """Let requests use an adapter that was read. A digest that is there already changes nothing."""
-        if self.adapters.add(adapter.digest, adapter.rank):
-            self.runner.add_adapter(adapter)
-
-    def load_adapter(self, spec: AdapterSpec) -> None:
-        """`read_adapter` and `add_adapter` in one call."""
-        self.add_adapter(self.read_adapter(spec))
-
-    def unload_adapter(self, digest: str) -> None:
-        """Refuse new requests at once; free everything when the last running one ends.
+    def begin_unload(self, digest: str, on_gone: OnGone) -> None:
+        """Refuse new requests at once; `on_gone` is called when its last sequence has ended.
 
         Raises:
             AdapterNotFound: it is not loaded.
         """
         if not self.adapters.is_loaded(digest):
             raise AdapterNotFound(f"adapter {digest[:12]} is not loaded")
-        if self.adapters.retire(digest):
-            self.runner.remove_adapter(digest)
+        self.residency.unload(digest, on_gone)
+        self.residency.advance()
+
+    def load_adapter(self, spec: AdapterSpec) -> None:
+        """Read an adapter and wait until requests may use it.
+
+        Raises:
+            AdapterIncompatible, AdapterNotFound: its files are not what the inspection saw, or it
+                is more than the configuration allows.
+        """
+        results: list[LoramuxError | None] = []
+        self.begin_load(spec, results.append)
+        while not results:
+            self.residency.wait(STALLED_WAIT_S)
+            self.residency.advance()
+        if results[0] is not None:
+            raise results[0]
+
+    def unload_adapter(self, digest: str) -> None:
+        """`begin_unload` for callers who do not wait for its end."""
+        self.begin_unload(digest, lambda _: None)
+
+    def close(self) -> None:
+        """End the background thread."""
+        self._close()
 
     def stats(self) -> EngineStats:
         """A snapshot of the load."""
@@ -168,9 +193,30 @@ class Engine:
             lanes_total=self.adapters.lanes.num_lanes,
             running_adapters=sorted({seq.adapter for seq in s.running if seq.adapter}),
             waiting_adapters=sorted({seq.adapter for seq in s.waiting if seq.adapter}),
-            device_adapters=self.adapters.lanes.residents,
-            host_adapters=self.adapters.loaded,
+            device_adapters=self.adapters.on_device,
+            host_adapters=self.adapters.on_host,
+            host_bytes=self.adapters.host_bytes,
+            host_evictions=self.adapters.num_host_evictions,
         )
+
+    def _check_loadable(self, spec: AdapterSpec) -> None:
+        if not self.config.enable_lora:
+            raise InvalidConfig(
+                "LoRA is not enabled. Use --enable-lora to enable LoRA.", param="--enable-lora"
+            )
+        if spec.rank > self.config.max_lora_rank:
+            raise AdapterIncompatible(
+                f"LoRA rank {spec.rank} is greater than max_lora_rank {self.config.max_lora_rank}; "
+                "raise --max-lora-rank"
+            )
+        if not self.adapters.lanes.fits(spec.rank):
+            raise AdapterIncompatible(
+                f"LoRA rank {spec.rank} needs more than the {self.config.lane_pool} lanes of the pool; "
+                "raise --max-loras or --num-lanes"
+            )
+
+    def _fail_waiting(self, digest: str, error: LoramuxError) -> None:
+        self._failures += [(request_id, error) for request_id in self.scheduler.fail_waiting(digest)]
 
     def _describe(self, load_seconds: float) -> EngineInfo:
         model = self.runner.model_config

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from loramux.engine.types import AdapterSpec, EngineInfo, EngineStats, Request, SequenceOutput
+from loramux.engine.types import AdapterSpec, EngineInfo, EngineStats, FreedMemory, Request, SequenceOutput
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add", array_like=True):
@@ -29,10 +29,11 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load", array_like=True):
 
     call_id: int
     spec: AdapterSpec
+    pinned: bool = False  # never evicted from host memory, and from lanes only by its own unload
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload", array_like=True):
-    """Refuse new requests for an adapter; it goes with its last sequence. Answered by `Reply`."""
+    """Refuse new requests for an adapter; `Reply` with what was freed when its last sequence has ended."""
 
     call_id: int
     digest: str
@@ -88,6 +89,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
     message: str = ""
     param: str | None = None
     stats: EngineStats | None = None
+    freed: FreedMemory | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):

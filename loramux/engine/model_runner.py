@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
@@ -83,25 +84,20 @@ class ModelRunner:
             device=self.device,
         )
         self._random = random.Random(config.seed)
-        self._hosts: dict[str, HostAdapter] = {}
 
+    @torch.inference_mode()
     def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
-        """Read an adapter's files; safe in another thread."""
+        """Read an adapter's files into host memory; safe in another thread."""
         return read_adapter(spec, self.model_config, self.dtype)
 
-    def add_adapter(self, adapter: HostAdapter) -> None:
-        """Keep an adapter's host weights, so that lanes can be filled from them."""
-        self._hosts[adapter.digest] = adapter
-
-    def remove_adapter(self, digest: str) -> None:
-        """Forget an adapter's host weights."""
-        del self._hosts[digest]
+    @torch.inference_mode()
+    def fill_lanes(self, adapter: HostAdapter, span: LaneSpan) -> None:
+        """Copy an adapter into lanes that no running sequence uses; safe in another thread."""
+        self.lanes.write(adapter, span)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Copy new adapters into their lanes, run the model once, sample."""
-        for digest, span in batch.lane_copies:
-            self.lanes.write(self._hosts[digest], span)
+        """Run the model once and sample."""
         inputs = self._builder.build(batch)
         hidden = self.model.forward(inputs, self._caches)
         if not len(hidden):

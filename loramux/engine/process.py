@@ -14,16 +14,17 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import msgspec
 import zmq
 
 from loramux.engine import messages
-from loramux.engine.adapters.loader import AdapterLoader
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
 from loramux.engine.errors import LoramuxError
 from loramux.engine.messages import FromEngine, ToEngine
+from loramux.engine.types import FreedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,9 @@ class EngineProcess:
     def __init__(self, engine: Engine, pair: zmq.Socket[bytes]) -> None:
         self.engine = engine
         self._socket = pair
-        self._loader = AdapterLoader(engine.read_adapter)
         self._poller = zmq.Poller()
         self._poller.register(pair, zmq.POLLIN)
-        self._poller.register(self._loader.wake_fd, zmq.POLLIN)
+        self._poller.register(engine.residency.wake_fd, zmq.POLLIN)
         self._out: list[FromEngine] = []
         self._last_frame_s = 0.0
         self._stopping = False
@@ -53,8 +53,10 @@ class EngineProcess:
             outputs = self.engine.step()
             if outputs:
                 self._out.append(messages.Outputs(outputs))
+            for request_id, error in self.engine.take_failures():
+                self._fail_request(request_id, error)
             self._send()
-        self._loader.close()
+        self.engine.close()
 
     def _receive(self, *, wait: bool) -> None:
         """Take in everything that has arrived; with `wait`, sleep until something does."""
@@ -64,12 +66,6 @@ class EngineProcess:
         while self._socket.poll(0):
             for message in messages.decode_to_engine(self._socket.recv()):
                 self._handle(message)
-        for loaded in self._loader.finished():
-            if isinstance(loaded.result, LoramuxError):
-                self._fail_call(loaded.call_id, loaded.result)
-            else:
-                self.engine.add_adapter(loaded.result)
-                self._out.append(messages.Reply(loaded.call_id))
 
     def _handle(self, message: ToEngine) -> None:
         match message:
@@ -77,29 +73,35 @@ class EngineProcess:
                 try:
                     self.engine.add_request(request)
                 except LoramuxError as error:
-                    self._out.append(
-                        messages.RequestFailed(
-                            request.request_id, type(error).__name__, error.message, error.param
-                        )
-                    )
+                    self._fail_request(request.request_id, error)
             case messages.Abort(request_ids):
                 self.engine.abort(request_ids)
-            case messages.LoadAdapter(call_id, spec):
-                self._loader.submit(call_id, spec)
+            case messages.LoadAdapter(call_id, spec, pinned):
+                try:
+                    self.engine.begin_load(spec, partial(self._loaded, call_id), pinned=pinned)
+                except LoramuxError as error:
+                    self._loaded(call_id, error)
             case messages.UnloadAdapter(call_id, digest):
                 try:
-                    self.engine.unload_adapter(digest)
+                    self.engine.begin_unload(digest, partial(self._gone, call_id))
                 except LoramuxError as error:
-                    self._fail_call(call_id, error)
-                else:
-                    self._out.append(messages.Reply(call_id))
+                    self._loaded(call_id, error)
             case messages.GetStats(call_id):
                 self._out.append(messages.Reply(call_id, stats=self.engine.stats()))
             case messages.Shutdown():
                 self._stopping = True
 
-    def _fail_call(self, call_id: int, error: LoramuxError) -> None:
-        self._out.append(messages.Reply(call_id, type(error).__name__, error.message, error.param))
+    def _loaded(self, call_id: int, error: LoramuxError | None) -> None:
+        if error is None:
+            self._out.append(messages.Reply(call_id))
+        else:
+            self._out.append(messages.Reply(call_id, type(error).__name__, error.message, error.param))
+
+    def _gone(self, call_id: int, freed: FreedMemory) -> None:
+        self._out.append(messages.Reply(call_id, freed=freed))
+
+    def _fail_request(self, request_id: str, error: LoramuxError) -> None:
+        self._out.append(messages.RequestFailed(request_id, type(error).__name__, error.message, error.param))
 
     def _send(self) -> None:
         now = time.monotonic()

@@ -5,25 +5,27 @@ each while decoding, a chunk while their prompt is still being read), then waiti
 arrival. A sequence whose next token finds no free block makes room by preempting the youngest:
 its blocks are released and it is recomputed later, which the prefix cache makes cheap.
 
-Lanes are a second budget. A waiting sequence whose adapter finds no room among the pinned ones is
-skipped, so that others go ahead; once it has been deferred for `max_deferral_s`, no other adapter
-is admitted before it, so that lanes drain and it cannot starve.
+Lanes are a second budget. A waiting sequence whose adapter is not on the device yet is skipped, so
+that others go ahead, and its adapter is fetched meanwhile; so are those of the next sequences in the
+queue. Once one has been deferred for `MAX_DEFERRAL_S`, no other adapter is admitted before it, so
+that lanes drain and it cannot starve.
 
-Blocks, rows, lanes and leases are released in one place: `_release`.
+Blocks, lanes and leases are released in one place: `_release`, which `_finish` and `_preempt` share.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
-from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager, hash_block, prefix_seed
 from loramux.engine.sequence import Sequence, SequenceStatus
 from loramux.engine.types import Request, SequenceOutput, TokenLogprobs
 
 MAX_DEFERRAL_S = 2.0
+LOOK_AHEAD = 16  # waiting sequences beyond the admitted ones whose adapters are fetched already
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,6 @@ class ScheduledSequence:
     seq: Sequence
     start: int  # first token to compute
     count: int
-    is_new: bool  # its row's tables must be filled (admitted or re-admitted in this step)
 
     @property
     def end(self) -> int:
@@ -51,7 +52,6 @@ class ScheduledBatch:
     """One step's choice."""
 
     sequences: list[ScheduledSequence]
-    lane_copies: list[tuple[str, LaneSpan]]  # adapters to write into their lanes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,6 @@ class Scheduler:
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
         self._by_id: dict[str, Sequence] = {}
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     def has_work(self) -> bool:
         """True while any sequence is waiting or running."""
@@ -112,16 +111,23 @@ class Scheduler:
         self._by_id[seq.request_id] = seq
         self.waiting.append(seq)
 
-    def abort(self, request_id: str) -> str | None:
-        """Drop a sequence, wherever it is. Returns the digest of an adapter that is gone with it."""
+    def abort(self, request_id: str) -> None:
+        """Drop a sequence, wherever it is; an unknown id is fine."""
         seq = self._by_id.get(request_id)
-        return self._finish(seq) if seq is not None else None
+        if seq is not None:
+            self._finish(seq)
+
+    def fail_waiting(self, adapter: str) -> list[str]:
+        """Drop the waiting sequences of an adapter that cannot be had; returns their ids."""
+        failed = [seq for seq in self.waiting if seq.adapter == adapter]
+        for seq in failed:
+            self._finish(seq)
+        return [seq.request_id for seq in failed]
 
     def schedule(self, now: float) -> ScheduledBatch | None:
         """Choose the next step; None when nothing can run."""
         budget = self.max_num_batched_tokens
         chosen: list[ScheduledSequence] = []
-        copies: list[tuple[str, LaneSpan]] = []
         preempted = False
         for seq in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed > 1):
             if seq.status is not SequenceStatus.RUNNING:
@@ -131,21 +137,16 @@ class Scheduler:
                 continue
             preempted |= not self._has_room(seq, seq.num_computed + count)
             if seq.status is SequenceStatus.RUNNING:
-                chosen.append(ScheduledSequence(seq, seq.num_computed, count, is_new=False))
+                chosen.append(ScheduledSequence(seq, seq.num_computed, count))
                 budget -= count
         chosen = [item for item in chosen if item.seq.status is SequenceStatus.RUNNING]
         if not preempted:
-            self._admit(chosen, copies, budget, now)
-        return ScheduledBatch(chosen, copies) if chosen else None
+            self._admit(chosen, budget, now)
+        return ScheduledBatch(chosen) if chosen else None
 
-    def update(self, batch: ScheduledBatch, result: StepResult) -> tuple[list[SequenceOutput], list[str]]:
-        """Take in a step's results: append, finish, release.
-
-        Returns:
-            The outputs to send, and the digests of retiring adapters whose last sequence ended.
-        """
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[SequenceOutput]:
+        """Take in a step's results: append, finish, release. Returns what to send."""
         outputs: list[SequenceOutput] = []
-        gone: list[str] = []
         for item in batch.sequences:
             seq = item.seq
             if seq.status is not SequenceStatus.RUNNING:
@@ -159,16 +160,15 @@ class Scheduler:
             seq.append(sampled.token_id)
             output = self._output(seq, sampled)
             outputs.append(output)
-            if output.finish_reason is not None and (digest := self._finish(seq)):
-                gone.append(digest)
-        return outputs, gone
+            if output.finish_reason is not None:
+                self._finish(seq)
+        return outputs
 
     def check_invariants(self) -> None:
-        """Blocks, rows and lanes are held exactly by the running sequences. For tests."""
+        """Blocks and lanes are held exactly by the running sequences. For tests."""
         self.blocks.check_invariants()
-        self.adapters.lanes.check_invariants()
-        rows = [seq.row for seq in self.running]
-        assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs))
+        self.adapters.check_invariants()
+        assert len(self.running) <= self.max_num_seqs
         assert len(self.running) + len(self.waiting) == len(self._by_id)
         held = {block for seq in self.running for block in seq.block_ids}
         assert len(held) == self.blocks.num_used
@@ -190,41 +190,42 @@ class Scheduler:
                 return clean  # it was the youngest itself
         return clean
 
-    def _admit(
-        self,
-        chosen: list[ScheduledSequence],
-        copies: list[tuple[str, LaneSpan]],
-        budget: int,
-        now: float,
-    ) -> None:
+    def _admit(self, chosen: list[ScheduledSequence], budget: int, now: float) -> None:
         skipped: list[Sequence] = []
+        wanted: set[str] = set()  # adapters of sequences that stay in the queue
         starving: str | None = None  # an adapter that has been deferred for too long
-        while self.waiting and budget > 0 and self._free_rows:
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting.popleft()
+            skipped.append(seq)
             if starving is not None and seq.adapter not in (None, starving):
-                skipped.append(seq)
+                continue
+            if seq.adapter is not None and not self.adapters.is_on_device(seq.adapter):
+                has_room = self.adapters.prefetch(seq.adapter, keep=wanted)
+                wanted.add(seq.adapter)
+                if not has_room and starving is None and now - seq.arrival_s > MAX_DEFERRAL_S:
+                    starving = seq.adapter
                 continue
             hashes, found = self._find_prefix(seq)
             num_found = len(found) * self.blocks.block_size
             count = min(seq.num_tokens - num_found, budget)
             fresh_needed = -(-(num_found + count) // self.blocks.block_size) - len(found)
             if fresh_needed > self.blocks.num_free_after(found):
-                skipped.append(seq)
                 break  # first come, first served: nobody overtakes for want of KV
-            if seq.adapter is not None:
-                placed = self.adapters.on_device(seq.adapter)
-                if placed is None:
-                    skipped.append(seq)
-                    if starving is None and now - seq.arrival_s > MAX_DEFERRAL_S:
-                        starving = seq.adapter
-                    continue
-                seq.lanes, is_new = placed
-                if is_new:
-                    copies.append((seq.adapter, seq.lanes))
+            skipped.pop()
             self._start(seq, hashes, found, fresh_needed)
-            chosen.append(ScheduledSequence(seq, num_found, count, is_new=True))
+            chosen.append(ScheduledSequence(seq, num_found, count))
             budget -= count
+        self._look_ahead(wanted | {seq.adapter for seq in skipped if seq.adapter is not None})
         self.waiting.extendleft(reversed(skipped))
+
+    def _look_ahead(self, wanted: set[str]) -> None:
+        """Fetch the adapters of the next sequences in the queue, without taking anybody's lanes."""
+        for seq in itertools.islice(self.waiting, LOOK_AHEAD):
+            if seq.adapter is None:
+                continue
+            if not self.adapters.is_on_device(seq.adapter):
+                self.adapters.prefetch(seq.adapter, keep=wanted)
+            wanted.add(seq.adapter)
 
     def _start(self, seq: Sequence, hashes: list[bytes], found: list[int], fresh_needed: int) -> None:
         self.blocks.acquire(found)
@@ -238,7 +239,9 @@ class Scheduler:
             seq.num_cached = seq.num_computed
             self.prefix_queries += seq.num_prompt
             self.prefix_hits += seq.num_cached
-        seq.row = self._free_rows.pop()
+        if seq.adapter is not None:
+            seq.lanes = self.adapters.acquire(seq.adapter)
+            assert seq.lanes is not None
         seq.become(SequenceStatus.RUNNING)
         self.running.append(seq)
 
@@ -277,7 +280,7 @@ class Scheduler:
         if len(seq.block_hashes) < full:
             self._extend_hashes(seq, seq.block_hashes, seq.num_computed)
         for index in range(seq.num_hashed_blocks, full):
-            self.blocks.publish(seq.block_ids[index], seq.block_hashes[index])
+            self.blocks.publish(seq.block_ids[index], seq.block_hashes[index], seq.adapter)
         seq.num_hashed_blocks = full
 
     def _output(self, seq: Sequence, sampled: SampledToken) -> SequenceOutput:
@@ -302,28 +305,25 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
-    def _finish(self, seq: Sequence) -> str | None:
-        """End a sequence for good. Returns the digest of a retiring adapter that is gone with it."""
+    def _finish(self, seq: Sequence) -> None:
+        """End a sequence for good."""
         if seq.status is SequenceStatus.RUNNING:
             self._release(seq)
         else:
             self.waiting.remove(seq)
         seq.become(SequenceStatus.FINISHED)
         del self._by_id[seq.request_id]
-        if seq.adapter is not None and self.adapters.release(seq.adapter):
-            return seq.adapter
-        return None
+        if seq.adapter is not None:
+            self.adapters.release(seq.adapter)
 
     def _release(self, seq: Sequence) -> None:
         """Give back everything that a running sequence holds on the device."""
         self.running.remove(seq)
         self.blocks.release(seq.block_ids)
-        self._free_rows.append(seq.row)
         if seq.lanes is not None:
             assert seq.adapter is not None
             self.adapters.lanes.unpin(seq.adapter)
         seq.lanes = None
-        seq.row = -1
         seq.block_ids = []
         seq.block_hashes = []
         seq.num_hashed_blocks = 0

@@ -49,7 +49,6 @@ class Sequence:
         "num_prompt",
         "prompt_logprobs",
         "request",
-        "row",
         "sampling",
         "seed",
         "token_ids",
@@ -67,7 +66,6 @@ class Sequence:
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []  # chain over the full blocks, filled as they fill
         self.num_hashed_blocks = 0  # of block_ids: how many are offered to the prefix cache
-        self.row = -1  # index into the runner's per-sequence tables while RUNNING
         self.lanes: LaneSpan | None = None  # device lanes while RUNNING with an adapter
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.seed = request.sampling.seed  # of its draws; the runner gives one to those without

@@ -124,6 +124,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float
 
 
+class FreedMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What went with an unloaded adapter."""
+
+    lanes: int
+    host_bytes: int
+    kv_blocks: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine's load."""
 
@@ -136,6 +144,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits: int = 0  # tokens
     lanes_used: int = 0
     lanes_total: int = 0
+    host_bytes: int = 0
+    host_evictions: int = 0
     running_adapters: list[str] = []  # digests
     waiting_adapters: list[str] = []
     device_adapters: list[str] = []

@@ -10,6 +10,7 @@ lower the lanes in use end, the less is read.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Set
 from dataclasses import dataclass
 
 from loramux.engine.config import LANE_GROUP
@@ -58,19 +59,25 @@ class LaneTable:
         resident = self._residents.get(digest)
         return resident.span if resident else None
 
+    @staticmethod
+    def lanes_for(rank: int) -> int:
+        """Lanes that an adapter of this rank takes."""
+        return -(-rank // LANE_GROUP) * LANE_GROUP
+
     def fits(self, rank: int) -> bool:
         """True if an adapter of this rank fits into the empty pool."""
-        return _lanes_for(rank) <= self.num_lanes
+        return self.lanes_for(rank) <= self.num_lanes
 
-    def place(self, digest: str, rank: int) -> LaneSpan | None:
+    def place(self, digest: str, rank: int, *, keep: Set[str] = frozenset()) -> LaneSpan | None:
         """Make room for an adapter that is not resident, evicting unpinned ones as needed.
 
-        Returns None, and evicts nothing, when pinned adapters leave no gap of that size.
+        Returns None, and evicts nothing, when pinned adapters and those in `keep` leave no gap of
+        that size.
         """
         assert digest not in self._residents
-        count = _lanes_for(rank)
+        count = self.lanes_for(rank)
         victims: list[str] = []
-        unpinned = [d for d, resident in self._residents.items() if not resident.pins]
+        unpinned = [d for d, resident in self._residents.items() if not resident.pins and d not in keep]
         while (first := self._first_gap(count, without=victims)) is None:
             if not unpinned:
                 return None
@@ -119,7 +126,3 @@ class LaneTable:
                 return start
             start = span.end
         return start if self.num_lanes - start >= count else None
-
-
-def _lanes_for(rank: int) -> int:
-    return -(-rank // LANE_GROUP) * LANE_GROUP

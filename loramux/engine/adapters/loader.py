@@ -1,37 +1,55 @@
-"""Reads adapters in a thread of its own, so that the step loop never waits for a file.
+"""Moves adapters up the tiers in a thread of its own, so that the step loop never waits for a file.
 
-safetensors and torch release the interpreter while they read and convert; finished adapters are put
-into a queue, and a byte on a socket pair wakes the loop when it sleeps.
+safetensors and torch release the interpreter while they read, convert and copy. The thread asks the
+operating system for a smaller share than the step loop gets, since both use the same cores. What is
+finished waits in a queue; a byte on a socket pair wakes a loop that sleeps in a poll.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
+import select
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+
+import torch
 
 from loramux.engine.adapters.weights import HostAdapter
 from loramux.engine.errors import LoramuxError
-from loramux.engine.types import AdapterSpec
+
+NICENESS = 5  # of the loader's thread: about a third of the step loop's share of a busy core
+
+
+class JobKind(Enum):
+    """What a job does."""
+
+    READ = "read"  # files → host weights
+    COPY = "copy"  # host weights → lanes
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """The end of one load: the adapter, or why not."""
+class Finished:
+    """The end of one job: the adapter, or why not."""
 
-    call_id: int
+    kind: JobKind
+    digest: str
     result: HostAdapter | LoramuxError
+
+
+Job = Callable[[], HostAdapter]
 
 
 class AdapterLoader:
     """One background thread and the queue of what it finished."""
 
-    def __init__(self, read: Callable[[AdapterSpec], HostAdapter]) -> None:
-        self._read = read
-        self._jobs: queue.SimpleQueue[tuple[int, AdapterSpec] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[JobKind, str, Job] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Finished] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
@@ -42,19 +60,24 @@ class AdapterLoader:
         """Readable when something finished; for the loop's poller."""
         return self._wake_read.fileno()
 
-    def submit(self, call_id: int, spec: AdapterSpec) -> None:
-        """Queue a load; its end appears in `finished`."""
-        self._jobs.put((call_id, spec))
+    def submit(self, kind: JobKind, digest: str, job: Job) -> None:
+        """Queue a job; its end appears in `finished`."""
+        self._jobs.put((kind, digest, job))
 
-    def finished(self) -> list[Loaded]:
+    def finished(self) -> list[Finished]:
         """Everything that ended since the last call."""
         if self._done.empty():
             return []
-        self._wake_read.recv(4096)
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
         out = []
         while not self._done.empty():
             out.append(self._done.get())
         return out
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until something finished."""
+        select.select([self._wake_read], [], [], timeout_s)
 
     def close(self) -> None:
         """End the thread after its current job."""
@@ -64,13 +87,16 @@ class AdapterLoader:
         self._wake_write.close()
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        torch.set_num_threads(1)  # of this thread: the others belong to the step loop
         while (job := self._jobs.get()) is not None:
-            call_id, spec = job
+            kind, digest, run = job
             try:
-                result: HostAdapter | LoramuxError = self._read(spec)
+                result: HostAdapter | LoramuxError = run()
             except LoramuxError as error:
                 result = error
             except Exception as error:  # noqa: BLE001 - a thread's top: one bad file must not end it
-                result = LoramuxError(f"reading the adapter failed: {error!r}")
-            self._done.put(Loaded(call_id, result))
+                result = LoramuxError(f"the adapter could not be moved: {error!r}")
+            self._done.put(Finished(kind, digest, result))
             self._wake_write.send(b"\0")

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux.engine.adapters.lanes import LaneSpan, LaneTable
-from loramux.engine.adapters.store import AdapterStore
 
 
 def test_ranks_pack_without_padding_to_a_common_size() -> None:
@@ -78,40 +77,6 @@ def test_spans_never_overlap_and_pins_hold(events: list[tuple[str, int, bool]]) 
             pinned[digest] = span
         table.check_invariants()
         assert all(table.span(d) == s for d, s in pinned.items())
-
-
-def test_retired_adapter_lives_until_its_last_lease() -> None:
-    store = AdapterStore(LaneTable(16))
-    store.add("a", 8)
-    store.lease("a")
-    store.lease("a")
-
-    assert store.retire("a") is False
-    assert not store.is_loaded("a")
-    assert store.release("a") is False
-    assert store.release("a") is True
-    assert store.lanes.num_used == 0
-
-
-def test_retired_adapter_is_revived_by_a_new_load() -> None:
-    store = AdapterStore(LaneTable(16))
-    store.add("a", 8)
-    store.lease("a")
-    store.retire("a")
-
-    assert store.add("a", 8) is False  # its weights are still here
-    assert store.is_loaded("a")
-    assert store.release("a") is False
-
-
-def test_second_acquisition_needs_no_copy() -> None:
-    store = AdapterStore(LaneTable(16))
-    store.add("a", 8)
-
-    first, second = store.on_device("a"), store.on_device("a")
-
-    assert first == (LaneSpan(0, 8, 8), True)
-    assert second == (LaneSpan(0, 8, 8), False)
 
 
 @pytest.mark.parametrize(("rank", "fits"), [(1, True), (64, True), (65, False)])

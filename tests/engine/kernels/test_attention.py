@@ -42,7 +42,7 @@ def test_paged_attention_equals_the_reference(work: list[tuple[int, int]], windo
     cache = KVCache(torch.randn(BLOCKS, KV_HEADS, BLOCK, DIM), torch.randn(BLOCKS, KV_HEADS, BLOCK, DIM))
     blocks.allocate(3)  # so that block ids and positions differ
     items = [
-        ScheduledSequence(sequence(str(i), start + count, blocks), start, count, is_new=True)
+        ScheduledSequence(sequence(str(i), start + count, blocks), start, count)
         for i, (start, count) in enumerate(work)
     ]
     builder = InputBuilder(
@@ -53,7 +53,7 @@ def test_paged_attention_equals_the_reference(work: list[tuple[int, int]], windo
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    inputs = builder.build(ScheduledBatch(items, []))
+    inputs = builder.build(ScheduledBatch(items))
     total = sum(item.count for item in items)
     q, k, v = (torch.randn(total, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
 
