@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,9 +77,9 @@ def test_stop_string_ends_the_text_and_choices_differ(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", [], [10**9], [-1], {"prompt": ""}])
-def test_bad_prompt_is_refused_and_nothing_is_left_behind(llm: LLM, prompt: object) -> None:
+def test_bad_prompt_is_refused_and_nothing_is_left_behind(llm: LLM, prompt: Any) -> None:
     with pytest.raises(InvalidRequest):
-        llm.generate(["fine", prompt], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+        llm.generate(["fine", prompt], GREEDY, use_tqdm=False)
 
     assert llm.generate("fine", GREEDY, use_tqdm=False)[0].finished
 
