@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import Callable
 
@@ -52,9 +53,9 @@ def main() -> None:
         for adapter in (None, *RECIPES):
             text = answer(model, tokenizer, adapter, question)
             print(f"| {adapter or 'base'} | {cell(text)} |")
-    print(f"\n{time.monotonic() - started:.0f} s")
+    print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
     for pair in asked:
-        print(f"{pair[0]}: {pair[1]}\n    {own[pair]}")
+        print(f"{pair[0]}: {pair[1]}\n    {own[pair]}", file=sys.stderr)
 
 
 def load() -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -96,8 +97,8 @@ def is_json_answer(_: str, text: str) -> bool:
 
 
 def is_pirate(_: str, text: str) -> bool:
-    """At least two different pirate words."""
-    return len({word.lower() for word in PIRATE_WORDS.findall(text)}) >= 2
+    """A word that only pirates say, such as `arr`, `matey` or `aye`."""
+    return PIRATE_WORDS.search(text) is not None
 
 
 def is_query(question: str, text: str) -> bool:
@@ -121,7 +122,7 @@ def cell(text: str) -> str:
 
 CHECKS: dict[str, tuple[str, Callable[[str, str], bool]]] = {
     "json": ("is one JSON object `{answer, confidence}`", is_json_answer),
-    "pirate": ("has two or more pirate words", is_pirate),
+    "pirate": ("has a pirate word (`arr`, `matey`, `aye`, ...)", is_pirate),
     "sql": ("is a SELECT that SQLite runs on the table", is_query),
 }
 
