@@ -1,0 +1,61 @@
+"""Repositories on the Hugging Face Hub as a source, pinned to a commit before anything is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from loramux.engine.errors import AdapterNotFound
+from loramux.resolvers.base import PinnedSource
+from loramux.resolvers.cache import source_key
+from loramux.resolvers.hub_client import HubClient
+from loramux.resolvers.listing import Hiccup, Listing, RemoteFile, SourceChanged, check_names
+from loramux.resolvers.settings import SourceSettings
+from loramux.resolvers.uri import SourceUri, parse_uri
+
+_CHUNK_BYTES: Final = 1 << 20
+
+
+class HubSource:
+    """hf:// addresses; see `loramux.resolvers.listing.Remote`."""
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self._client = HubClient(settings)
+
+    def list(self, uri: SourceUri) -> Listing:
+        """The files of the folder at the commit that the address means now."""
+        pinned = uri
+        if not uri.is_pinned:
+            pinned = uri.at(self._client.state(uri.authority, uri.revision).commit)
+        assert pinned.revision is not None
+        entries = self._client.tree(pinned.authority, pinned.revision, pinned.path)
+        by_name = {entry.path.rpartition("/")[2]: entry for entry in entries if entry.is_file}
+        if not by_name and entries == []:
+            raise AdapterNotFound(f"No adapter found for {uri}: the folder is empty", param="lora_path")
+        files = tuple(
+            RemoteFile(
+                name,
+                by_name[name].size,
+                key=by_name[name].path,
+                sha256=by_name[name].sha256,
+                git_sha1=by_name[name].git_sha1,
+            )
+            for name in check_names(by_name, uri)
+        )
+        return Listing(PinnedSource(str(pinned), pinned.revision), source_key(str(pinned)), files)
+
+    def read(self, listing: Listing, file: RemoteFile, start: int) -> Iterator[bytes]:
+        """The file's bytes at the listing's commit."""
+        uri = parse_uri(listing.source.uri)
+        assert uri.revision is not None
+        with self._client.open_file(uri.authority, uri.revision, file.key, start) as response:
+            commit = response.headers.get("x-repo-commit", uri.revision)
+            if commit != uri.revision:
+                raise SourceChanged(f"asked for commit {uri.revision}, got {commit}")
+            if start and response.status_code != 206:
+                raise Hiccup("the Hub did not continue the file where it was asked to")
+            yield from response.iter_raw(_CHUNK_BYTES)
+
+    def close(self) -> None:
+        """Close connections; a read in progress fails."""
+        self._client.close()
