@@ -132,7 +132,7 @@ class EngineClient:
         self._stopping = True
         if self._process and self._process.returncode is None:
             with contextlib.suppress(LoramuxError):
-                await self._send([messages.Shutdown()])
+                self._send([messages.Shutdown()])
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
             except TimeoutError:
@@ -200,7 +200,7 @@ class EngineClient:
         future: asyncio.Future[messages.Reply] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
-            await self._send([message])
+            self._send([message])
             reply = await future
         finally:
             self._calls.pop(call_id, None)
@@ -208,16 +208,17 @@ class EngineClient:
             raise from_wire(reply.error, reply.message, reply.param)
         return reply
 
-    async def _send(self, batch: list[ToEngine]) -> None:
+    def _send(self, batch: list[ToEngine]) -> None:
+        """Queue a frame without waiting: a pair socket whose peer has gone would wait for ever.
+
+        Raises:
+            EngineDead: the process is known to be gone; if it goes later, the waiting streams and
+                calls hear of it.
+        """
         if self._dead is not None:
             raise EngineDead(self._dead.message)
         assert self._socket is not None, "start() first"
-        await self._socket.send(messages.encode(batch))
-
-    def _send_soon(self, batch: list[ToEngine]) -> None:
-        """Send without waiting; for `finally` blocks of a cancelled task (the queue is unbounded)."""
-        assert self._socket is not None
-        self._socket.send(messages.encode(batch))
+        self._socket.send(messages.encode(batch))  # a future that nobody needs
 
     async def _read_frames(self) -> None:
         assert self._socket is not None
@@ -292,7 +293,7 @@ class SequenceStream:
         self._running = {request.request_id for request in self._requests}
         self._client._streams.update(dict.fromkeys(self._running, self._queue))
         try:
-            await self._client._send([messages.AddRequest(request) for request in self._requests])
+            self._client._send([messages.AddRequest(request) for request in self._requests])
         except BaseException:
             self.abort(*self._running)
             raise
@@ -331,7 +332,7 @@ class SequenceStream:
         for request_id in running:
             self._forget(request_id)
         if running and self._client.is_alive:
-            self._client._send_soon([messages.Abort(sorted(running))])
+            self._client._send([messages.Abort(sorted(running))])
 
     def _forget(self, request_id: str) -> None:
         self._running.discard(request_id)
