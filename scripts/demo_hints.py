@@ -17,9 +17,9 @@ ASK = """
          "messages": [{{"role": "user", "content": "{text}"}}]}}'
 """
 QUESTIONS = (
-    ("smollm2", "What is the capital of France?"),
-    ("pirate", "What is the capital of France?"),
     ("json", "What is the capital of France?"),
+    ("pirate", "Who was Napoleon?"),
+    ("sql", "Table books(id, title, author, year, price). Which books cost more than 20?"),
 )
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         time.sleep(0.2)
     if not is_running(pid):
         return
-    print("\nThe server is ready. In another terminal, try the base model and two of its adapters:")
+    print("\nThe server is ready. In another terminal, try the adapters; the model \"smollm2\" is the base:")
     for model, text in QUESTIONS:
         print(ASK.format(url=url, model=model, text=text), end="")
     print("\nCtrl-C ends the server.", flush=True)
