@@ -15,6 +15,7 @@ import transformers
 MIN_GAP = 5e-5  # between the two best tokens: no weaker than what the order of additions moves
 
 Steer = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (logits [vocab_size], output so far) -> logits
+Choose = Callable[[torch.Tensor, list[int]], int]  # the same -> next token
 
 
 class Greedy(NamedTuple):
@@ -22,6 +23,12 @@ class Greedy(NamedTuple):
 
     tokens: list[int]
     logprobs: torch.Tensor  # [steps, vocab_size], float32
+
+
+def _best(row: torch.Tensor) -> int:
+    first, second = row.topk(2).values
+    assert first - second > MIN_GAP, "the reference itself is at a tie: take another seed"
+    return int(row.argmax())
 
 
 def _with_adapters(folders: Iterable[Path], base: Any) -> Any:
@@ -38,9 +45,11 @@ def _with_adapters(folders: Iterable[Path], base: Any) -> Any:
 class Reference:
     """A checkpoint with adapters on it, run without batching; answers are remembered."""
 
-    def __init__(self, folder: Path, adapters: dict[str, Path], *, dtype: str = "float32") -> None:
+    def __init__(
+        self, folder: Path, adapters: dict[str, Path], *, dtype: str = "float32", attention: str = "sdpa"
+    ) -> None:
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype)
+            folder, dtype=getattr(torch, dtype), attn_implementation=attention
         ).eval()
         self.config: Any = self._model.config
         self._has_adapters = bool(adapters)
@@ -53,13 +62,17 @@ class Reference:
         key = (adapter, tuple(prompt))
         known = self._greedy.get(key)
         if known is None or len(known.tokens) < steps:
-            logits, tokens = self._decode(prompt, adapter, steps, lambda row, _: row)
+            logits, tokens = self._decode(prompt, adapter, steps, lambda row, _: _best(row))
             known = self._greedy[key] = Greedy(tokens, torch.log_softmax(logits, dim=-1))
         return Greedy(known.tokens[:steps], known.logprobs[:steps])
 
     def steered(self, prompt: list[int], steps: int, steer: Steer) -> list[int]:
         """Greedy tokens of the base model after `steer` has changed the logits of each step."""
-        return self._decode(prompt, None, steps, steer)[1]
+        return self._decode(prompt, None, steps, lambda row, output: _best(steer(row, output)))[1]
+
+    def follow(self, prompt: list[int], tokens: list[int], adapter: str | None = None) -> torch.Tensor:
+        """[len(tokens), vocab_size] logits of a cached decode that is made to say `tokens`."""
+        return self._decode(prompt, adapter, len(tokens), lambda _, output: tokens[len(output)])[0]
 
     def logits(self, tokens: list[int], adapter: str | None = None) -> torch.Tensor:
         """[len(tokens), vocab_size] from one forward; row i is what follows token i."""
@@ -73,7 +86,7 @@ class Reference:
         return torch.log_softmax(self.logits(tokens, adapter), dim=-1)
 
     def _decode(
-        self, prompt: list[int], adapter: str | None, steps: int, steer: Steer
+        self, prompt: list[int], adapter: str | None, steps: int, choose: Choose
     ) -> tuple[torch.Tensor, list[int]]:
         tokens: list[int] = []
         rows = []
@@ -84,10 +97,7 @@ class Reference:
                 out = self._model(input_ids=fed, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 rows.append(out.logits[0, -1].float())
-                steered = steer(rows[-1], tokens)
-                best = steered.topk(2).values
-                assert best[0] - best[1] > MIN_GAP, "the reference itself is at a tie: take another seed"
-                tokens.append(int(steered.argmax()))
+                tokens.append(choose(rows[-1], tokens))
                 fed = torch.tensor([tokens[-1:]])
         return torch.stack(rows), tokens
 

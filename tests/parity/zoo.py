@@ -85,18 +85,22 @@ VARIATIONS: dict[str, Variation] = {
 }
 
 
-class Checkpoint:
-    """One tiny model on disk, its four mixed-rank adapters, and what they should answer."""
+class Checkpoint(NamedTuple):
+    """A model on disk, adapters for it by name, and what they should answer."""
 
-    def __init__(self, name: str, root: Path) -> None:
-        variation = VARIATIONS[name]
-        self.name = name
-        self.family = variation.family
-        self.folder = make_tiny(variation.family, root / name, **variation.config)
-        if variation.edit:
-            variation.edit(self.folder)
-        self.adapters = mixed_rank_adapters(self.family, self.folder, root / f"{name}-adapters")
-        self.reference = Reference(self.folder, self.adapters)
+    folder: Path
+    adapters: dict[str, Path]
+    reference: Reference
+
+
+def make_checkpoint(name: str, root: Path) -> Checkpoint:
+    """One of VARIATIONS with its four mixed-rank adapters."""
+    family, config, edit = VARIATIONS[name]
+    folder = make_tiny(family, root / name, **config)
+    if edit:
+        edit(folder)
+    adapters = mixed_rank_adapters(family, folder, root / f"{name}-adapters")
+    return Checkpoint(folder, adapters, Reference(folder, adapters))
 
 
 class Zoo:
@@ -108,5 +112,5 @@ class Zoo:
 
     def __getitem__(self, name: str) -> Checkpoint:
         if name not in self._made:
-            self._made[name] = Checkpoint(name, self.root)
+            self._made[name] = make_checkpoint(name, self.root)
         return self._made[name]
