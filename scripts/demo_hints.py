@@ -49,7 +49,7 @@ def main() -> None:
         time.sleep(0.2)
     if not is_running(pid):
         return
-    print("\nThe server is ready. In another terminal, try the adapters; the model \"smollm2\" is the base:")
+    print('\nThe server is ready. In another terminal, try the adapters; the model "smollm2" is the base:')
     for model, text in QUESTIONS:
         print(ASK.format(url=url, model=model, text=text), end="")
     print("\nCtrl-C ends the server.", flush=True)
