@@ -25,11 +25,11 @@ _START_TIMEOUT_S: Final = 120.0
 class RunningServer:
     """One process of `loramux serve`, or of something that takes the same flags."""
 
-    def __init__(self, arguments: Sequence[str], *, command: Sequence[str] = SERVE) -> None:
+    def __init__(self, arguments: Sequence[str], *, command: Sequence[str] = SERVE, port: int = 0) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
         environ["OMP_NUM_THREADS"] = "1"
         self.process = subprocess.Popen(
-            [*command, *arguments, "--port=0"],
+            [*command, *arguments, f"--port={port}"],
             cwd=ROOT,
             env=environ,
             stderr=subprocess.PIPE,

@@ -77,6 +77,7 @@ def build_app(services: Services) -> FastAPI:
         title="loramux",
         version=__version__,
         redirect_slashes=False,
+        root_path=server.root_path,
         openapi_url="/openapi.json" if server.docs else None,
     )
     app.state.services = services

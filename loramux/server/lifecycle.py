@@ -222,7 +222,6 @@ def _uvicorn_config(services: Services, server: ServerConfig) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         access_log=server.access_log,
-        root_path=server.root_path,
         server_header=False,
         timeout_keep_alive=server.timeout_keep_alive_s,
         timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,

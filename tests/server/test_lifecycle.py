@@ -1,0 +1,207 @@
+"""Start, stop, disconnects and the engine's death, in real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.adapter_files import llama_sites, write_adapter
+from tests.running_server import RunningServer, running_server
+from tests.server.fake_serve import COMMAND
+
+SLOW = {"prompt": "!slow", "max_tokens": 400, "ignore_eos": True}
+
+
+def start_fails(*arguments: str, port: int = 0) -> tuple[int, str]:
+    """Exit code and last line of a server that does not start."""
+    server = RunningServer(arguments, command=COMMAND, port=port)
+    code = server.wait_ended()
+    assert server.process.stderr is not None
+    server.process.stderr.close()
+    assert "Traceback" not in server.stderr, server.stderr
+    return code, server.lines[-1]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Ask again and again; the test's own time limit ends it."""
+    for _ in range(2000):
+        if condition():
+            return
+    pytest.fail("it never came true")
+
+
+@pytest.fixture
+def own_server(text_model: Path) -> Iterator[RunningServer]:
+    """A server that the test may break."""
+    with running_server(str(text_model), "--served-model-name=tiny", command=COMMAND) as server:
+        yield server
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_server_cleanly(own_server: RunningServer, number: signal.Signals) -> None:
+    engine = own_server.engine_pid()
+
+    code = own_server.stop(number)
+
+    assert code == 0
+    assert "Traceback" not in own_server.stderr
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_signal_fails_running_streams_at_once(own_server: RunningServer) -> None:
+    with (
+        own_server.client() as http,
+        http.stream("POST", "/v1/completions", json={**SLOW, "stream": True}) as r,
+    ):
+        lines = r.iter_lines()
+        next(lines)
+        own_server.process.send_signal(signal.SIGINT)
+        rest = [line for line in lines if line]
+
+    assert '"error"' in rest[-1]
+    assert '"finish_reason":"' not in "".join(rest)
+    assert own_server.wait_ended() == 0
+    assert "Traceback" not in own_server.stderr
+
+
+def test_shutdown_timeout_lets_running_answers_finish(text_model: Path) -> None:
+    arguments = (str(text_model), "--shutdown-timeout=30")
+    body = {**SLOW, "max_tokens": 50, "stream": True}
+    with running_server(*arguments, command=COMMAND) as server, server.client() as http:
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+
+        assert rest[-1] == "data: [DONE]"
+        assert server.wait_ended() == 0
+
+
+def test_engine_death_fails_what_runs_and_shows_in_health(own_server: RunningServer) -> None:
+    answers: list[httpx.Response] = []
+    with own_server.client() as http:
+        waiting = threading.Thread(target=lambda: answers.append(http.post("/v1/completions", json=SLOW)))
+        waiting.start()
+        with http.stream("POST", "/v1/completions", json={**SLOW, "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            until(lambda: http.get("/load").json()["num_running"] == 2)
+            os.kill(own_server.engine_pid(), signal.SIGKILL)
+            rest = [line for line in lines if line]
+        waiting.join(10)
+
+        assert '"code":"engine_unavailable"' in rest[-1]
+        assert "[DONE]" not in "".join(rest)
+        assert answers[0].status_code == 503
+        assert answers[0].json()["error"]["code"] == "engine_unavailable"
+        assert answers[0].headers["retry-after"] == "1"
+        assert http.get("/health").status_code == 503
+        assert http.get("/live").status_code == 200
+        assert http.get("/ready").json()["reasons"] == ["the engine is not running"]
+        assert http.get("/v1/models").status_code == 200
+        assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+
+
+def test_engine_that_dies_of_a_request_fails_it_before_the_first_byte(own_server: RunningServer) -> None:
+    with own_server.client() as http:
+        response = http.post("/v1/completions", json={"prompt": "!crash", "stream": True})
+
+        assert response.status_code == 503
+        assert "SIGKILL" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("prompt", ["!slow", "!stuck"])
+def test_closed_connection_aborts_every_sequence(
+    fake_server: RunningServer, is_stream: bool, prompt: str
+) -> None:
+    body = httpx.Request(
+        "POST", fake_server.url, json={**SLOW, "prompt": [prompt] * 2, "n": 3, "stream": is_stream}
+    ).read()
+    host, port = fake_server.url.removeprefix("http://").split(":")
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    with fake_server.client() as http:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+            until(lambda: http.get("/load").json()["num_running"] == 6)
+
+        until(lambda: http.get("/load").json()["num_running"] == 0)
+        assert http.get("/load").json()["server_load"] == 0
+
+
+def test_silent_stream_gets_comments(fake_server: RunningServer) -> None:
+    with (
+        fake_server.client() as http,
+        http.stream("POST", "/v1/completions", json={"prompt": "!stuck", "stream": True}) as response,
+    ):
+        assert response.status_code == 200
+        assert next(response.iter_lines()) == ": keep-alive"
+
+
+def test_unsupported_model_stops_the_start(tmp_path: Path, text_model: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.symlink_to(text_model)
+
+    assert start_fails(str(broken)) == (1, "loramux: error: architecture Broken is not supported\n")
+
+
+def test_missing_model_folder_stops_the_start(tmp_path: Path) -> None:
+    code, line = start_fails(str(tmp_path / "none"))
+
+    assert code == 1
+    assert str(tmp_path / "none") in line
+
+
+def test_adapter_folder_as_model_is_recognised(adapter_folder: Path) -> None:
+    code, line = start_fails(str(adapter_folder))
+
+    assert code == 1
+    assert "LoRA adapter" in line
+
+
+def test_model_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    code, line = start_fails(str(tmp_path))
+
+    assert code == 1
+    assert "tokenizer.json" in line
+
+
+def test_bad_adapter_stops_the_start_and_is_named(text_model: Path, tmp_path: Path) -> None:
+    wrong = write_adapter(tmp_path / "wrong", llama_sites(), rank=300)
+
+    code, line = start_fails(str(text_model), "--enable-lora", "--lora-modules", f"big={wrong}")
+
+    assert code == 1
+    assert "adapter 'big'" in line
+    assert "300" in line
+    assert "256" in line
+
+
+def test_missing_adapter_folder_stops_the_start(text_model: Path, tmp_path: Path) -> None:
+    code, line = start_fails(str(text_model), "--enable-lora", "--lora-modules", f"gone={tmp_path / 'gone'}")
+
+    assert code == 1
+    assert "adapter 'gone'" in line
+
+
+def test_taken_port_stops_the_start(text_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+
+        code, line = start_fails(str(text_model), port=port)
+
+    assert code == 1
+    assert f"port {port}" in line
