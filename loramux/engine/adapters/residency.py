@@ -60,7 +60,11 @@ class AdapterResidency:
 
     def load(self, spec: AdapterSpec, on_loaded: OnLoaded, *, pinned: bool = False) -> None:
         """Make an adapter usable; `on_loaded` is called with None, or with the reason why not."""
+        self._drop()  # so that a former life of the same content is over before this one begins
         known = self._known.setdefault(spec.digest, _Known(spec))
+        for on_gone in known.on_gone:  # it was retiring, and is taken up again: nothing is freed
+            on_gone(FreedMemory(lanes=0, host_bytes=0, kv_blocks=0))
+        known.on_gone.clear()
         if known.host is None:
             known.spec = spec  # the newest place to read the same content from
         self.store.add(spec.digest, spec.rank, pinned=pinned)
