@@ -152,7 +152,9 @@ def explain_validation(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str 
 def _sentence(field: str, rules: list[str], value: str | None) -> str:
     where = f"'{field}'" if field else "The request body"
     got = f", got {value}" if value is not None else ""
-    return f"{where} {' or '.join(rules[:6])}{got}."
+    first, *others = rules[:6]
+    rule = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+    return f"{where} {rule}{got}."
 
 
 def _rule(problem: Mapping[str, Any]) -> str:

@@ -1,0 +1,119 @@
+"""Chat templates: Hugging Face's conventions, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramux.engine.errors import InvalidConfig, InvalidRequest
+from loramux.server.chat_template import ChatTemplate, find_chat_template, read_chat_template
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def render(source: str, messages: list[dict[str, Any]] | None = None, **options: Any) -> str:
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+    return template.render(HELLO if messages is None else messages, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ bos_token }}{{ messages[0].content }}", "<s>hi"),
+        ("{%- for m in messages %}\n{{ m['role'] }}\n  {% endfor %}", "user\n"),
+        ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}", ""),
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", "ahib"),
+        ('{{ {"a": "é<&>", "b": [1, none]} | tojson }}', '{"a": "é<&>", "b": [1, null]}'),
+        ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
+        ("{% if tools is defined and tools is not none %}T{% endif %}-", "-"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 5 %}{% endfor %}{{ ns.n }}", "5"),
+        ("{{ missing }}x", "x"),
+    ],
+)
+def test_conventions_of_hugging_face_templates(source: str, text: str) -> None:
+    assert render(source) == text
+
+
+def test_generation_prompt_is_added_on_request() -> None:
+    source = "{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
+
+    assert render(source) == "hi>"
+    assert render(source, add_generation_prompt=False) == "hi"
+
+
+def test_final_message_is_left_open() -> None:
+    source = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+    assert render(source, continue_final_message=True) == "[hi"
+
+
+def test_final_message_that_is_not_shown_cannot_be_continued() -> None:
+    with pytest.raises(InvalidRequest, match="continue_final_message"):
+        render("none", continue_final_message=True)
+
+
+def test_raise_exception_is_the_callers_error() -> None:
+    with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
+        render("{{ raise_exception('roles must alternate') }}")
+
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% for i in range(10000000) %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content + 1 }}",
+    ],
+)
+def test_sandbox_refuses_what_is_not_formatting(source: str) -> None:
+    with pytest.raises(InvalidRequest):
+        render(source)
+
+
+def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequest, match="characters"):
+        render("{% for i in range(90000) %}{{ 'x' * 10000 }}{% endfor %}")
+
+
+def test_options_reach_the_template_but_never_replace_our_names() -> None:
+    source = "{% if enable_thinking %}T{% endif %}{{ messages[0].content }}{{ bos_token }}"
+    template = ChatTemplate(source, {"bos_token": "<s>"})
+
+    options = {"enable_thinking": True, "messages": [], "bos_token": "evil", "other": 1}
+
+    assert template.render(HELLO, options=options) == "Thi<s>"
+    assert template.options == {"enable_thinking"}
+
+
+def test_template_is_found_in_the_folder(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    assert find_chat_template(tmp_path) is None
+    config.write_text(json.dumps({"chat_template": "one"}))
+    assert find_chat_template(tmp_path) == "one"
+    named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert find_chat_template(tmp_path) == "three"
+    (tmp_path / "chat_template.jinja").write_text("four")
+    assert find_chat_template(tmp_path) == "four"
+
+
+def test_flag_takes_a_file_or_a_template(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text("from file")
+
+    assert read_chat_template(str(file)) == "from file"
+    assert read_chat_template("{{ messages }}") == "{{ messages }}"
+    with pytest.raises(InvalidConfig, match="--chat-template"):
+        read_chat_template("/nowhere/t.jinja")
+    with pytest.raises(InvalidConfig, match="not valid Jinja"):
+        ChatTemplate("{% if %}", {})

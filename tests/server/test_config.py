@@ -1,0 +1,233 @@
+"""Flags, environment and file: spelling, precedence, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loramux.engine.errors import InvalidConfig
+from loramux.server.config import AdapterSource, Config, read_config
+from loramux.version import __version__
+
+
+def read(*argv: str, **environ: str) -> Config:
+    return read_config(argv, environ)
+
+
+def refusal(*argv: str, **environ: str) -> str:
+    with pytest.raises(InvalidConfig) as caught:
+        read(*argv, **environ)
+    return caught.value.message
+
+
+def test_model_is_positional_or_a_flag_and_names_itself() -> None:
+    for config in (read("org/model"), read("--model", "org/model"), read("--model=org/model", "--port=1")):
+        assert config.server.model == "org/model"
+        assert config.server.served_model_names == ("org/model",)
+
+
+def test_missing_or_second_model_is_refused() -> None:
+    assert "no model given" in refusal("--port", "1")
+    assert "two models" in refusal("a", "--model", "b")
+
+
+def test_flags_take_underscores_and_switches_take_no() -> None:
+    config = read("m", "--enable_lora", "--max_model_len=2K", "--no_enable_prefix_caching")
+
+    assert config.engine.enable_lora
+    assert config.engine.max_model_len == 2048
+    assert not config.engine.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4096", 4096), ("4k", 4000), ("1.5k", 1500), ("-1", None), ("auto", None)]
+)
+def test_lengths_are_written_as_in_vllm(text: str, value: int | None) -> None:
+    assert read("m", "--max-model-len", text).engine.max_model_len == value
+
+
+def test_command_line_of_a_platform_starts() -> None:
+    config = read(
+        *("--model=/mnt/models", "--served-model-name", "a", "b", "--host=0.0.0.0", "--port=8080"),
+        *("--enable-lora", "--max-loras=4", "--max-lora-rank=64", "--max-cpu-loras=8", "--lora-dtype=auto"),
+        *("--lora-modules", "x=/p/x", '{"name": "y", "path": "/p/y", "base_model_name": "a"}'),
+        *("--api-key", "k", "--uvicorn-log-level=warning", "--max-num-seqs=16"),
+        *("--max-num-batched-tokens=1024", "--gpu-memory-utilization=0.5", "--dtype=bfloat16"),
+        *("--enable-prefix-caching", "--enforce-eager", "--tensor-parallel-size=2", "-tp", "2"),
+        *("--root-path=/llm", "--ssl-keyfile=k.pem", "--ssl-certfile=c.pem", "--disable-log-requests"),
+        *("--allowed-origins", '["*"]', "--trust-remote-code", "--enable-chunked-prefill"),
+        *("--chat-template=t.jinja", "--hf-overrides", "{}", "--speculative-config.method", "ngram"),
+    )
+
+    assert config.server.served_model_names == ("a", "b")
+    assert config.server.lora_modules == (
+        AdapterSource(name="x", path="/p/x"),
+        AdapterSource(name="y", path="/p/y", base_model_name="a"),
+    )
+    assert config.server.allowed_origins == ("*",)
+    assert config.engine.max_num_seqs == 16
+    named = " ".join(config.warnings)
+    for flag in (
+        "--enforce-eager",
+        "--tensor-parallel-size",
+        "--speculative-config",
+        "--disable-log-requests",
+    ):
+        assert f"{flag} has no effect" in named
+
+
+def test_flag_without_effect_warns_only_when_it_would_change_something() -> None:
+    assert read("m", "--tensor-parallel-size", "1").warnings == ()
+    assert len(read("m", "--tensor-parallel-size", "2").warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--max-lora"], ["--max-lora", "did you mean --max-loras"]),
+        (["--enable_loar"], ["did you mean --enable-lora"]),
+        (["--zzzzzz"], ["--zzzzzz", "--help"]),
+        (["extra"], ["extra"]),
+        (["--port", "x"], ["--port", "'x'"]),
+        (["--port", "70000"], ["--port", "70000"]),
+        (["--max-model-len", "1x"], ["--max-model-len", "'1x'"]),
+        (["--max-num-seqs", "0"], ["--max-num-seqs", "0"]),
+        (["--dtype", "int8"], ["--dtype", "int8"]),
+        (["--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "1.5"]),
+        (["--uvicorn-log-level", "loud"], ["--uvicorn-log-level", "loud"]),
+        (["--ssl-keyfile", "k"], ["--ssl-certfile"]),
+        (["--allowed-origins", "http://x"], ["--allowed-origins", "JSON list"]),
+        (["--max-loras", "4", "--max-cpu-loras", "2"], ["max_cpu_loras (2) must be >= max_loras (4)."]),
+        (["--lora-modules", "x=/p"], ["--enable-lora"]),
+        (["--served-model-name", ""], ["--served-model-name"]),
+        (["--override-generation-config", "[]"], ["--override-generation-config"]),
+        (["--shutdown-timeout", "-1"], ["--shutdown-timeout"]),
+    ],
+)
+def test_wrong_flags_are_refused_by_name(argv: list[str], fragments: list[str]) -> None:
+    message = refusal("m", *argv)
+
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("modules", "fragment"),
+    [
+        (["nopath"], "name=path"),
+        (["=path"], "name=path"),
+        (["name="], "name=path"),
+        (['{"name": "x"'], "Invalid JSON format for --lora-modules"),
+        (['{"name": "x"}'], "Invalid fields for --lora-modules"),
+        (['{"name": "x", "path": "p", "rank": 4}'], "Invalid fields for --lora-modules"),
+        (['{"name": 5, "path": "p"}'], "Invalid fields for --lora-modules"),
+        (['[{"name": "x", "path": "p"}]'], "Invalid fields for --lora-modules"),
+        (["x=a", "x=b"], "'x' twice"),
+        (["m=a"], "served base model"),
+        (["a/../b=p"], "'..'"),
+        (["a\nb=p"], "control characters"),
+        ([f"{'x' * 257}=p"], "256"),
+    ],
+)
+def test_wrong_lora_modules_are_refused(modules: list[str], fragment: str) -> None:
+    assert fragment in refusal("m", "--enable-lora", "--lora-modules", *modules)
+
+
+def test_lora_modules_split_at_the_first_equals_sign_and_may_be_repeated() -> None:
+    config = read(
+        "m", "--enable-lora", "--lora-modules", "a=/p=1", "org/b:v1 x=/q", "--lora-modules", "c=/r", ""
+    )
+
+    assert [(source.name, source.path) for source in config.server.lora_modules] == [
+        ("a", "/p=1"),
+        ("org/b:v1 x", "/q"),
+        ("c", "/r"),
+    ]
+
+
+def test_flag_wins_over_environment_and_environment_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "port: 1\nhost: file\nmax_num_seqs: 3\nenable-lora: true\n"
+        "served-model-name: [x, y]\nenforce-eager: true\n"
+    )
+
+    config = read("m", f"--config={file}", "--port=2", LORAMUX_PORT="4", LORAMUX_HOST="env")
+
+    assert (config.server.port, config.server.host, config.engine.max_num_seqs) == (2, "env", 3)
+    assert config.engine.enable_lora
+    assert config.server.served_model_names == ("x", "y")
+    assert config.warnings == ("--enforce-eager has no effect in loramux",)
+
+
+def test_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max-lora-rnak: 5\n")
+
+    assert "did you mean --max-lora-rank" in refusal("m", f"--config={file}")
+
+
+def test_environment_switches_are_read() -> None:
+    assert read("m", LORAMUX_ENABLE_LORA="true").engine.enable_lora
+    assert not read("m", LORAMUX_ENABLE_LORA="0").engine.enable_lora
+    assert "LORAMUX_ENABLE_LORA" in refusal("m", LORAMUX_ENABLE_LORA="maybe")
+
+
+def test_vllm_names_of_the_environment_work_and_must_not_contradict() -> None:
+    assert read("m", VLLM_API_KEY="k").server.api_keys == ("k",)
+    assert read("m", VLLM_API_KEY="k", LORAMUX_API_KEY="k").server.api_keys == ("k",)
+    message = refusal("m", VLLM_PLUGINS="a", LORAMUX_PLUGINS="b")
+    assert "LORAMUX_PLUGINS" in message
+    assert "VLLM_PLUGINS" in message
+
+
+def test_server_without_a_key_stays_on_this_machine_unless_told() -> None:
+    assert read("m").server.host == "127.0.0.1"
+    assert read("m", "--api-key", "k").server.host == "0.0.0.0"
+    assert read("m", LORAMUX_HOST="0.0.0.0").server.host == "0.0.0.0"
+
+
+def test_keys_never_show_in_the_config() -> None:
+    assert "secret" not in repr(read("m", "--api-key", "secret", "--hf-token", "secret"))
+
+
+def test_limits_have_flags() -> None:
+    limits = read("m", "--max-n=2", "--max-request-bytes=1M", "--max-logprobs=5").server.limits
+
+    assert (limits.n, limits.request_bytes, limits.logprobs) == (2, 1 << 20, 5)
+
+
+def test_command_answers_help_and_version_without_heavy_imports() -> None:
+    program = (
+        "import sys; from loramux.server.cli import main; code = main(['--version']);"
+        "heavy = {'torch', 'fastapi', 'pydantic', 'tokenizers', 'uvicorn'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else code)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"loramux {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "fragment"),
+    [
+        ([], 2, "usage"),
+        (["--help"], 0, "serve"),
+        (["serve", "--help"], 0, "--lora-modules"),
+        (["nope"], 2, "unknown command 'nope'"),
+        (["serve"], 2, "no model given"),
+        (["serve", "m", "--max-lora", "3"], 2, "did you mean --max-loras"),
+    ],
+)
+def test_command_ends_with_a_clear_line(argv: list[str], code: int, fragment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loramux", *argv], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == code
+    assert fragment in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
