@@ -92,6 +92,7 @@ class Served:
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.kv_blocks_used == 0, "blocks are still held after the last sequence ended"
+        self.engine.scheduler.check_invariants()
 
     def step(self, answers: dict[str, Answer]) -> None:
         """One engine step."""

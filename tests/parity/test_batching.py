@@ -222,6 +222,18 @@ def test_more_adapters_than_lanes_are_all_answered(zoo: Zoo) -> None:
     assert len(stats.host_adapters) == 4
 
 
+def test_adapters_evicted_from_host_memory_come_back_from_disk(zoo: Zoo) -> None:
+    checkpoint = zoo["llama"]
+    served = Served(checkpoint, ADAPTERS, num_lanes=48, max_cpu_loras=2)
+    rows = mixed_rows(5)
+
+    for row in (*rows, *rows):
+        assert_rows(checkpoint, [row], [served.ask(*row, max_tokens=24, logprobs=5)], 24)
+    stats = served.engine.stats()
+    assert stats.host_evictions > 0
+    assert len(stats.host_adapters) <= 2
+
+
 def test_unloaded_adapter_leaves_no_trace_for_the_next(zoo: Zoo) -> None:
     checkpoint = zoo["llama"]
     served = Served(checkpoint, ["r33"])
@@ -293,3 +305,38 @@ def test_requests_that_arrive_later_join_the_batch(zoo: Zoo) -> None:
     served.drain(answers)
 
     assert_rows(checkpoint, rows, list(answers.values()), 32)
+
+
+def test_arrivals_aborts_and_every_shortage_at_once_change_nothing(zoo: Zoo) -> None:
+    checkpoint = zoo["mistral-sliding"]
+    served = Served(
+        checkpoint,
+        ADAPTERS,
+        num_kv_blocks=24,
+        max_model_len=200,
+        max_num_batched_tokens=20,
+        max_num_seqs=7,
+        num_lanes=48,
+        max_cpu_loras=2,
+    )
+    rows = mixed_rows(24, shortest=3, longest=50)
+    answers: dict[str, Answer] = {}
+    ids: list[str] = []
+
+    for index, (prompt, adapter) in enumerate(rows):
+        request = served.request(prompt, adapter, max_tokens=40, logprobs=5)
+        answers[request.request_id] = Answer()
+        ids.append(request.request_id)
+        served.engine.add_request(request)
+        for _ in range(2):
+            served.step(answers)
+        if index % 6 == 5:  # an older one goes away, wherever it is by now
+            gone = ids[index - 3]
+            served.engine.abort([gone])
+            del answers[gone]
+        served.engine.scheduler.check_invariants()
+    served.drain(answers)
+
+    kept = [row for request_id, row in zip(ids, rows, strict=True) if request_id in answers]
+    assert served.engine.stats().num_preemptions > 0
+    assert_rows(checkpoint, kept, list(answers.values()), 40)
