@@ -12,7 +12,7 @@ Nothing here imports a client library, so that a plugin which needs only this mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol, runtime_checkable
 
@@ -24,11 +24,13 @@ class ResolverContext:
     """What a resolver may know of the server when it is created.
 
     `environ` is the process's environment, or a stand-in for it: a resolver reads its settings from
-    here and never from `os.environ`. `offline` promises that no socket will be opened.
+    here and never from `os.environ`. `offline` promises that no socket will be opened; then `is_stored`
+    says of an address whether the local store has it.
     """
 
     environ: Mapping[str, str]
     offline: bool = False
+    is_stored: Callable[[str], bool] = field(default=lambda uri: False)
 
 
 @runtime_checkable
@@ -67,7 +69,7 @@ class Resolver(Protocol):
             AdapterUnavailable: the source is down or slow, so the answer is not known.
             AdapterSourceAuth: the source refused the credentials.
             Any of these three ends the search: a later resolver might know another adapter under
-            the same name. Any other exception counts as a broken plugin, is logged and skipped.
+            the same name. AdapterNotFound is the same as None. Any other exception counts as a broken plugin, is logged and skipped.
         """
         ...
 

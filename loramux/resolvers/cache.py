@@ -55,6 +55,7 @@ class SourceRecord(msgspec.Struct, frozen=True):
     uri: str
     revision: str | None
     digest: str
+    fingerprint: str = ""  # of the listing it was made from; another one means that the place changed
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -66,17 +67,24 @@ class Manifest(msgspec.Struct, frozen=True):
 class StoreLease:
     """A lease on one stored folder; see `loramux.resolvers.base.Lease`."""
 
-    def __init__(self, folder: Path, digest: str, nbytes: int, release: Callable[[str], None]) -> None:
+    def __init__(self, store: Store, folder: Path, digest: str, nbytes: int) -> None:
         self.folder = folder
         self.digest = digest
         self.nbytes = nbytes
-        self._release: Callable[[str], None] | None = release
+        self._store: Store | None = store
+
+    def share(self) -> StoreLease:
+        """Another lease on the same folder, without any I/O. This one must still be held."""
+        assert self._store is not None
+        lease = self._store.lease(self.digest)
+        assert lease is not None
+        return lease
 
     def release(self) -> None:
         """Let the folder be evicted; more than one call does nothing."""
-        release, self._release = self._release, None
-        if release is not None:
-            release(self.digest)
+        store, self._store = self._store, None
+        if store is not None:
+            store.release(self.digest)
 
 
 @dataclass(slots=True)
@@ -97,6 +105,11 @@ def content_key(files: Iterable[StoredFile]) -> str:
     """The digest of an adapter's files: sha256 over their names, sizes and hashes, in name order."""
     lines = sorted(f"{file.name}\0{file.size}\0{file.sha256}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def is_disk_full(error: OSError) -> bool:
+    """True when a write failed for lack of room, of whatever kind."""
+    return error.errno in _DISK_FULL
 
 
 def source_key(*parts: str) -> str:
@@ -140,9 +153,16 @@ class Store:
 
     # Finding and leasing
 
-    def find(self, key: str) -> tuple[SourceRecord, StoreLease] | None:
-        """What is known of a place, leased; None if nothing is, or its files are gone."""
+    def find(self, key: str, fingerprint: str | None = None) -> tuple[SourceRecord, StoreLease] | None:
+        """What is known of a place, leased; None if nothing is, or its files are gone.
+
+        Args:
+            key: of the place.
+            fingerprint: of what is there now; None = whatever was there.
+        """
         record = self.record(key)
+        if record is not None and fingerprint not in (None, record.fingerprint):
+            return None
         lease = self.lease(record.digest) if record else None
         return (record, lease) if record and lease else None
 
@@ -173,9 +193,10 @@ class Store:
             self._leases[digest] = _Held(0, self._nbytes(digest))
         held = self._leases[digest]
         held.count += 1
-        return StoreLease(self._folder(digest), digest, held.nbytes, self._release)
+        return StoreLease(self, self._folder(digest), digest, held.nbytes)
 
-    def _release(self, digest: str) -> None:
+    def release(self, digest: str) -> None:
+        """Give one lease back; called by the lease itself."""
         with self._mutex:
             self._leases[digest].count -= 1
             if self._leases[digest].count == 0:
@@ -360,7 +381,7 @@ class Store:
         try:
             yield
         except OSError as error:
-            if error.errno in _DISK_FULL:
+            if is_disk_full(error):
                 raise self.disk_full() from error
             raise AdapterUnavailable(
                 f"the local store {self.folder} cannot be used: {error.strerror or error}", param="lora_path"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
@@ -229,9 +229,3 @@ class _Digests:
             if stated is not None and stated != digest.hexdigest():
                 return name
         return None
-
-
-def read_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The rest of a local file, in pieces."""
-    while chunk := file.read(_READ_BYTES):
-        yield chunk

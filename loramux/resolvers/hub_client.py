@@ -8,7 +8,7 @@ or its network, and the token goes nowhere but to the endpoint.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
@@ -40,7 +40,7 @@ class RepositoryState(NamedTuple):
     """A repository at one revision."""
 
     commit: str
-    paths: list[str]  # of all files
+    paths: Collection[str]  # of all files
 
 
 class HubClient:
@@ -135,6 +135,10 @@ class HubClient:
             raise Hiccup(f"{self._endpoint.host} did not answer in time") from error
         except (httpx.TransportError, httpx.StreamError) as error:
             raise Hiccup(f"the connection to {self._endpoint.host} failed: {_name(error)}") from error
+        except httpx.InvalidURL as error:
+            raise AdapterUnavailable(
+                f"{what}: a redirect to no address: {error}", param="lora_path"
+            ) from error
         except RuntimeError as error:  # httpx's own, when the client is closed under a reader
             raise AdapterUnavailable("the download was cancelled", param="lora_path") from error
         raise AdapterUnavailable(f"{what}: more than {_MAX_REDIRECTS} redirects", param="lora_path")

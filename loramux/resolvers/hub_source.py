@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 from loramux.engine.errors import AdapterNotFound
 from loramux.resolvers.base import PinnedSource
-from loramux.resolvers.cache import source_key
 from loramux.resolvers.hub_client import HubClient
-from loramux.resolvers.listing import Hiccup, Listing, RemoteFile, SourceChanged, check_names
+from loramux.resolvers.listing import Listing, RemoteFile, SourceChanged, check_names
 from loramux.resolvers.settings import SourceSettings
 from loramux.resolvers.uri import SourceUri, parse_uri
-
-_CHUNK_BYTES: Final = 1 << 20
 
 
 class HubSource:
@@ -42,7 +38,7 @@ class HubSource:
             )
             for name in check_names(by_name, uri)
         )
-        return Listing(PinnedSource(str(pinned), pinned.revision), source_key(str(pinned)), files)
+        return Listing(PinnedSource(str(pinned), pinned.revision), "", files)
 
     def read(self, listing: Listing, file: RemoteFile, start: int) -> Iterator[bytes]:
         """The file's bytes at the listing's commit."""
@@ -52,9 +48,11 @@ class HubSource:
             commit = response.headers.get("x-repo-commit", uri.revision)
             if commit != uri.revision:
                 raise SourceChanged(f"asked for commit {uri.revision}, got {commit}")
-            if start and response.status_code != 206:
-                raise Hiccup("the Hub did not continue the file where it was asked to")
-            yield from response.iter_raw(_CHUNK_BYTES)
+            skip = start if response.status_code == 200 else 0  # a server that knows no ranges
+            for chunk in response.iter_raw():
+                if skip < len(chunk):
+                    yield chunk[skip:]
+                skip = max(0, skip - len(chunk))
 
     def close(self) -> None:
         """Close connections; a read in progress fails."""

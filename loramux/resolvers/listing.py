@@ -36,7 +36,7 @@ class Listing:
     """The files of one adapter at one revision."""
 
     source: PinnedSource
-    store_key: str  # where the store notes it; differs when any file does
+    fingerprint: str | None  # differs when any file does; None = may change unseen, so never trust it again
     files: tuple[RemoteFile, ...]
 
     @property

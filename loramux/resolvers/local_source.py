@@ -11,20 +11,20 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
-from loramux.engine.errors import AdapterNotFound, InvalidRequest
+from loramux.engine.errors import AdapterNotFound, AdapterUnavailable, InvalidRequest
 from loramux.resolvers.adapter_folder import AdapterFolder
 from loramux.resolvers.base import PinnedSource
 from loramux.resolvers.cache import source_key
-from loramux.resolvers.download import read_chunks
-from loramux.resolvers.listing import Listing, RemoteFile, SourceChanged, check_names
+from loramux.resolvers.listing import Hiccup, Listing, RemoteFile, SourceChanged, check_names
 from loramux.resolvers.refusal import shown
 from loramux.resolvers.settings import SourceSettings
 from loramux.resolvers.uri import SourceUri
 
 # A file that changed less than this before a look may change again without its times showing it.
 _SETTLED_NS: Final = 1_000_000_000
+_READ_BYTES: Final = 1 << 20
 
 
 class LocalSource:
@@ -36,14 +36,15 @@ class LocalSource:
     def list(self, uri: SourceUri) -> Listing:
         """The adapter's files as they are now."""
         folder = AdapterFolder(self.find(uri))
-        names = [entry.name for entry in os.scandir(folder.root) if not entry.is_dir()]
+        try:
+            names = [entry.name for entry in os.scandir(folder.root) if not entry.is_dir()]
+        except OSError as error:
+            raise AdapterUnavailable(f"{uri} cannot be read: {error.strerror}", param="lora_path") from error
         files = tuple(_look_at(folder.root / name, name) for name in check_names(names, uri))
         now_ns = time.time_ns()
         is_settled = all(now_ns - _changed_ns(file) > _SETTLED_NS for file in files)
-        # A file may change unseen while it is fresh: the store must not remember such a look.
-        fresh = "" if is_settled else os.urandom(8).hex()
-        key = source_key(str(uri), str(folder.root), *(f"{file.name} {file.etag}" for file in files), fresh)
-        return Listing(PinnedSource(str(uri)), key, files)
+        fingerprint = source_key(str(folder.root), *(f"{file.name} {file.etag}" for file in files))
+        return Listing(PinnedSource(str(uri)), fingerprint if is_settled else None, files)
 
     def read(self, listing: Listing, file: RemoteFile, start: int) -> Iterator[bytes]:
         """The file's bytes; it is looked at again before the first and after the last."""
@@ -51,7 +52,7 @@ class LocalSource:
         with folder.open(file.name) as handle:
             _check_unchanged(handle.fileno(), file)
             handle.seek(start)
-            yield from read_chunks(handle)
+            yield from _chunks(handle, file.name)
             _check_unchanged(handle.fileno(), file)
         if _look_at(Path(file.key), file.name).etag != file.etag:
             raise SourceChanged(f"{file.name} was replaced while it was copied")
@@ -92,6 +93,17 @@ def contained(path: Path, roots: Sequence[Path], shown_as: object) -> Path:
         " (--allowed-local-path)",
         param="lora_path",
     )
+
+
+def _chunks(handle: BinaryIO, name: str) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = handle.read(_READ_BYTES)
+        except OSError as error:
+            raise Hiccup(f"{name} cannot be read: {error.strerror}") from error
+        if not chunk:
+            return
+        yield chunk
 
 
 def _look_at(path: Path, name: str) -> RemoteFile:

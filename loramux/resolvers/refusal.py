@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection
-from typing import Final
+from typing import Final, TypeVar
 
-from loramux.engine.errors import AdapterIncompatible
+from loramux.engine.errors import AdapterIncompatible, LoramuxError
 
 CONFIG_FILE: Final = "adapter_config.json"
 
@@ -34,3 +34,11 @@ def refused(message: str, *, param: str) -> AdapterIncompatible:
 def config_refused(field: str, problem: str) -> AdapterIncompatible:
     """The error to raise about one field of the adapter's config."""
     return AdapterIncompatible(f"{CONFIG_FILE}: {field} {problem}", param=field)
+
+
+_Error = TypeVar("_Error", bound=LoramuxError)
+
+
+def same_again(error: _Error) -> _Error:
+    """A copy to raise of an error that is kept: raising the kept one would lengthen its traceback each time."""
+    return type(error)(error.message, param=error.param)
