@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,6 +69,18 @@ class RunningServer:
     def client(self) -> httpx.Client:
         """A plain HTTP client for this server."""
         return httpx.Client(base_url=self.url, timeout=60.0)
+
+    def open_post(self, path: str, body: object) -> socket.socket:
+        """A connection that has sent a request; closing it is a client that leaves."""
+        data = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(data)}\r\n\r\n"
+        )
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(head.encode() + data)
+        return connection
 
     def engine_pid(self) -> int:
         """The process id of the engine: the server's only child."""

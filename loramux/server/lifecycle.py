@@ -23,7 +23,7 @@ import uvicorn
 import uvloop
 
 from loramux.engine.client import ENGINE_COMMAND, EngineClient
-from loramux.engine.errors import AdapterError, InvalidConfig, LoramuxError
+from loramux.engine.errors import AdapterError, EngineDead, InvalidConfig, LoramuxError
 from loramux.engine.types import AdapterSpec
 from loramux.resolvers.inspect import inspect_adapter
 from loramux.server.app import build_app, build_services
@@ -163,7 +163,9 @@ async def load_adapters(services: Services, sources: Sequence[AdapterSource]) ->
                 loaded[spec.digest] = asyncio.create_task(services.engine.load_adapter(spec))
             try:
                 await asyncio.shield(loaded[spec.digest])
-            except AdapterError as error:
+            except EngineDead:
+                raise
+            except LoramuxError as error:
                 raise _named(error, source) from error
             return spec
 
@@ -192,7 +194,7 @@ def _inspect(source: AdapterSource, services: Services) -> AdapterSpec:
         raise _named(error, source) from error
 
 
-def _named(error: AdapterError, source: AdapterSource) -> AdapterError:
+def _named(error: LoramuxError, source: AdapterSource) -> LoramuxError:
     """The same kind of error, with the adapter's name in front."""
     return type(error)(f"adapter {source.name!r} ({source.path}): {error.message}", param=error.param)
 

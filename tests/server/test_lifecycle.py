@@ -123,17 +123,9 @@ def test_engine_that_dies_of_a_request_fails_it_before_the_first_byte(own_server
 def test_closed_connection_aborts_every_sequence(
     fake_server: RunningServer, is_stream: bool, prompt: str
 ) -> None:
-    body = httpx.Request(
-        "POST", fake_server.url, json={**SLOW, "prompt": [prompt] * 2, "n": 3, "stream": is_stream}
-    ).read()
-    host, port = fake_server.url.removeprefix("http://").split(":")
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    )
+    body = {**SLOW, "prompt": [prompt] * 2, "n": 3, "stream": is_stream}
     with fake_server.client() as http:
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(head.encode() + body)
+        with fake_server.open_post("/v1/completions", body):
             until(lambda: http.get("/load").json()["num_running"] == 6)
 
         until(lambda: http.get("/load").json()["num_running"] == 0)
