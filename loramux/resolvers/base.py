@@ -69,7 +69,8 @@ class Resolver(Protocol):
             AdapterUnavailable: the source is down or slow, so the answer is not known.
             AdapterSourceAuth: the source refused the credentials.
             Any of these three ends the search: a later resolver might know another adapter under
-            the same name. AdapterNotFound is the same as None. Any other exception counts as a broken plugin, is logged and skipped.
+            the same name. AdapterNotFound is the same as None. Any other exception counts as a broken
+            plugin, is logged and skipped.
         """
         ...
 

@@ -107,11 +107,6 @@ def content_key(files: Iterable[StoredFile]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def is_disk_full(error: OSError) -> bool:
-    """True when a write failed for lack of room, of whatever kind."""
-    return error.errno in _DISK_FULL
-
-
 def source_key(*parts: str) -> str:
     """A file name for a place: no two places share one, whatever characters they have."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -281,10 +276,17 @@ class Store:
                 param="lora_path",
             )
         if short > 0:
-            raise self.disk_full(nbytes)
+            raise self._disk_full(nbytes)
 
-    def disk_full(self, nbytes: int | None = None) -> AdapterUnavailable:
-        """The error to raise when the disk has no room."""
+    def error_for(self, error: OSError, nbytes: int | None = None) -> AdapterUnavailable:
+        """The error to raise when the disk fails; `nbytes` is what was to be written, if that is known."""
+        if error.errno in _DISK_FULL:
+            return self._disk_full(nbytes)
+        return AdapterUnavailable(
+            f"the local store {self.folder} cannot be used: {error.strerror or error}", param="lora_path"
+        )
+
+    def _disk_full(self, nbytes: int | None) -> AdapterUnavailable:
         needed = f"{nbytes} bytes" if nbytes is not None else "more bytes"
         return AdapterUnavailable(
             f"the disk of the local store {self.folder} is full: the adapter needs {needed}, and"
@@ -381,11 +383,7 @@ class Store:
         try:
             yield
         except OSError as error:
-            if is_disk_full(error):
-                raise self.disk_full() from error
-            raise AdapterUnavailable(
-                f"the local store {self.folder} cannot be used: {error.strerror or error}", param="lora_path"
-            ) from error
+            raise self.error_for(error) from error
 
 
 def _children(folder: Path) -> list[Path]:

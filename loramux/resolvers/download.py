@@ -178,13 +178,13 @@ class _FileFetch:
         return digests
 
     def _take(self, chunk: bytes, have: int, out: BinaryIO, digests: _Digests) -> int:
-        self._watch.check()
         if have + len(chunk) > self._file.size:
             raise Hiccup(f"more bytes came than the {self._file.size} that the source lists")
         out.write(chunk)
         digests.update(chunk)
         self._watch.downloaded_bytes += len(chunk)
         self._watch.report(self._done_before + have + len(chunk))
+        self._watch.check()  # after the write: what came is kept
         return len(chunk)
 
     def _read_back(self, out: BinaryIO, digests: _Digests) -> int:

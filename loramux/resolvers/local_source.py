@@ -18,7 +18,7 @@ from loramux.resolvers.adapter_folder import AdapterFolder
 from loramux.resolvers.base import PinnedSource
 from loramux.resolvers.cache import source_key
 from loramux.resolvers.listing import Hiccup, Listing, RemoteFile, SourceChanged, check_names
-from loramux.resolvers.refusal import shown
+from loramux.resolvers.refusal import refused, shown
 from loramux.resolvers.settings import SourceSettings
 from loramux.resolvers.uri import SourceUri
 
@@ -111,13 +111,14 @@ def _look_at(path: Path, name: str) -> RemoteFile:
         status = os.stat(path)
     except FileNotFoundError:
         raise SourceChanged(f"{name} disappeared") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise refused(f"{name} is not a regular file", param=name)
     return RemoteFile(name, status.st_size, key=str(path), etag=_identity(status))
 
 
 def _identity(status: os.stat_result) -> str:
     """Changes with every write to a file, and with every file put in its place."""
-    kind = stat.S_IFMT(status.st_mode)
-    return f"{kind} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _changed_ns(file: RemoteFile) -> int:

@@ -40,5 +40,5 @@ _Error = TypeVar("_Error", bound=LoramuxError)
 
 
 def same_again(error: _Error) -> _Error:
-    """A copy to raise of an error that is kept: raising the kept one would lengthen its traceback each time."""
+    """A copy to raise of an error that is kept, whose traceback would grow each time that it is raised."""
     return type(error)(error.message, param=error.param)

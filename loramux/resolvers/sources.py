@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from loramux.engine.errors import AdapterIncompatible, AdapterUnavailable
+from loramux.engine.errors import AdapterError, AdapterIncompatible, AdapterUnavailable
 from loramux.resolvers.base import FetchedAdapter, PinnedSource, ProgressCallback
-from loramux.resolvers.cache import SourceRecord, Store, StoreLease, is_disk_full, source_key
+from loramux.resolvers.cache import SourceRecord, Store, StoreLease, source_key
 from loramux.resolvers.download import Tries, download, with_retries
 from loramux.resolvers.flight import Flight
 from loramux.resolvers.hub_source import HubSource
@@ -181,7 +181,8 @@ class _Fetch:
 
     def _download(self, listing: Listing) -> tuple[SourceRecord, StoreLease]:
         flight = self._flight
-        key = source_key(listing.source.uri, listing.fingerprint or os.urandom(16).hex())
+        once = os.urandom(16).hex()  # what cannot be told apart later is not continued either
+        key = source_key(listing.source.uri, once if listing.fingerprint is None else listing.fingerprint)
         with self._store.partial(key, lambda: flight.watch.is_cancelled) as partial:
             found = self._stored(listing)  # another process may have been faster
             if found is not None:
@@ -191,10 +192,12 @@ class _Fetch:
             flight.report("downloading", 0)
             try:
                 files = download(self._remote, listing, partial, self._settings, flight.watch)
-            except (OSError, SourceChanged) as error:
+            except OSError as error:
                 _empty(partial)
-                if isinstance(error, OSError) and is_disk_full(error):
-                    raise self._store.disk_full(listing.nbytes) from error
+                raise self._store.error_for(error, listing.nbytes) from error
+            except (AdapterError, SourceChanged) as error:
+                if listing.fingerprint is None or not isinstance(error, AdapterUnavailable):
+                    _empty(partial)  # nothing that a later try could continue
                 raise
             flight.report("verifying", listing.nbytes)
             lease = self._store.publish(partial, files)
