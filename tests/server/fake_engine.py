@@ -40,11 +40,12 @@ class FakeEngine:
         self._requests: dict[str, Request] = {}
         self._digests: set[str] = set()
         self._stopping = False
+        self._parent = os.getppid()
 
     def run(self) -> None:
         """Serve until told to stop."""
         self._send([messages.Ready(self._info())])
-        while not self._stopping:
+        while not self._stopping and os.getppid() == self._parent:
             if self._pair.poll(0 if self._runnable() else 200):
                 out: list[FromEngine] = []
                 for message in messages.decode_to_engine(self._pair.recv()):

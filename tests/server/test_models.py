@@ -90,9 +90,16 @@ def test_wrong_tokenize_requests_are_refused(
 
 def test_probes_answer_while_the_engine_runs(http: httpx.Client) -> None:
     assert [http.get(path).status_code for path in ("/health", "/live", "/ping")] == [200, 200, 200]
+    assert [http.head(path).status_code for path in ("/health", "/live", "/ready")] == [200, 200, 200]
     assert http.get("/health").content == b""
     assert http.get("/ready").json() == {"ready": True, "reasons": []}
     assert http.get("/version").json()["version"]
+
+
+def test_api_is_described(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health"} <= paths.keys()
 
 
 def test_request_id_is_kept_when_it_is_plain(http: httpx.Client) -> None:

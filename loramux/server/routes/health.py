@@ -14,12 +14,14 @@ from loramux.version import __version__
 router = APIRouter()
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live")
 async def live() -> Response:
     """200 while this process answers at all."""
     return Response()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 @router.get("/ping")
 @router.post("/ping")
@@ -28,6 +30,7 @@ async def health(services: ServicesDep) -> Response:
     return Response(status_code=200 if services.engine.is_alive else 503)
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(services: ServicesDep) -> Response:
     """200 when requests are welcome, else 503 with the reasons."""
