@@ -104,7 +104,7 @@ def _spread_weights(model: torch.nn.Module, generator: torch.Generator) -> None:
             is_norm_weight = "norm" in name and name.endswith("weight")
             draw(parameter, 0.2, mean=1.0 if is_norm_weight else 0.0)
         elif "embed" in name or "lm_head" in name:
-            draw(parameter, 0.4)
+            draw(parameter, 0.25)
         else:
             # Layers outweigh the embedding, or a tied model would repeat its last token for ever.
             gain = next((gain for part, gain in _GAINS.items() if part in name), 1.2)

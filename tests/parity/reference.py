@@ -12,7 +12,7 @@ import peft
 import torch
 import transformers
 
-MIN_GAP = 5e-5  # between the two best tokens: no weaker than what the order of additions moves
+MIN_GAP = 2e-5  # between the two best tokens: no weaker than what the order of additions moves
 
 Steer = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (logits [vocab_size], output so far) -> logits
 Choose = Callable[[torch.Tensor, list[int]], int]  # the same -> next token

@@ -78,7 +78,7 @@ VARIATIONS: dict[str, Variation] = {
     "qwen2-yarn-legacy": Variation("qwen2", _YARN, as_legacy_config),
     "qwen3-untied": Variation("qwen3", {"tie_word_embeddings": False, "attention_bias": True}),
     "qwen3-sliding": Variation("qwen3", _SLIDING),
-    "opt-350m-like": Variation("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt-350m-like": Variation("opt", {"seed": 8, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "opt-gelu": Variation("opt", {"activation_function": "gelu", "tie_word_embeddings": False}),
     "opt-no-bias": Variation("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     "opt-bare-names": Variation("opt", {}, _strip_opt_prefix),
