@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ class RunningServer:
     def __init__(self, arguments: Sequence[str], *, command: Sequence[str] = SERVE, port: int = 0) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
         environ["OMP_NUM_THREADS"] = "1"
+        self._store = tempfile.TemporaryDirectory(prefix="loramux-store-")
+        environ["LORAMUX_ADAPTER_STORE_DIR"] = self._store.name
         self.process = subprocess.Popen(
             [*command, *arguments, f"--port={port}"],
             cwd=ROOT,
@@ -59,6 +62,7 @@ class RunningServer:
         """The exit code of a process that ends by itself."""
         code = self.process.wait(timeout_s)
         self._reader.join(timeout_s)
+        self._store.cleanup()
         return code
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:

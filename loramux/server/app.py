@@ -12,10 +12,13 @@ from starlette.middleware.cors import CORSMiddleware
 from loramux.engine.client import EngineClient
 from loramux.engine.errors import LoramuxError
 from loramux.server import errors
-from loramux.server.adapters import AdapterTable
+from loramux.server.adapter_manager import AdapterManager
+from loramux.server.adapter_start import build_manager
+from loramux.server.adapter_upload import Uploads
 from loramux.server.auth import ApiKeyLayer
 from loramux.server.chat_template import ChatTemplate, find_chat_template, read_chat_template
 from loramux.server.config import Config, ServerConfig
+from loramux.server.desired_state import DesiredState
 from loramux.server.edge import EdgeLayer
 from loramux.server.generation import Generator
 from loramux.server.generation_config import read_generation_config
@@ -47,6 +50,7 @@ def build_services(config: Config, engine: EngineClient, folder: Path) -> Servic
     )
     source = read_chat_template(server.chat_template) if server.chat_template else None
     source = source or find_chat_template(tokenizer_folder)
+    manager, uploads, desired = _build_adapters(config, engine)
     own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Services(
         config=config,
@@ -65,9 +69,33 @@ def build_services(config: Config, engine: EngineClient, folder: Path) -> Servic
             eos_token_ids=list(dict.fromkeys(own_eos + written.eos_token_ids)),
             limits=server.limits,
         ),
-        adapters=AdapterTable(server.served_model_names),
+        manager=manager,
+        uploads=uploads,
+        desired=desired,
         sampling_defaults=written.defaults,
     )
+
+
+def _build_adapters(
+    config: Config, engine: EngineClient
+) -> tuple[AdapterManager, Uploads, DesiredState | None]:
+    adapters = config.adapters
+    manager = build_manager(
+        adapters, engine, model=config.server.model, served_names=config.server.served_model_names
+    )
+    uploads = Uploads(
+        adapters.uploads_dir,
+        max_bytes=adapters.sources.max_adapter_bytes,
+        is_persistent=adapters.state_dir is not None,
+    )
+    journal = manager.journal
+    uploads.clean([entry.source for entry in journal.entries.values()] if journal else [])
+    manager.on_gone = lambda ref: uploads.discard(ref.uri)
+    desired = None
+    if adapters.adapters_file is not None:
+        interval_s = adapters.adapters_file_interval_s
+        desired = DesiredState(adapters.adapters_file, manager, interval_s=interval_s)
+    return manager, uploads, desired
 
 
 def build_app(services: Services) -> FastAPI:

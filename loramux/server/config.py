@@ -19,7 +19,7 @@ import msgspec
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.server import flags
-from loramux.server.adapters import check_adapter_name
+from loramux.server.adapter_config import AdapterConfig, adapter_config
 from loramux.server.limits import Limits
 
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
@@ -36,21 +36,11 @@ TWINS: Final = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSource:
-    """One entry of `--lora-modules`."""
-
-    name: str
-    path: str
-    base_model_name: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """What the server process is started with."""
 
     model: str  # as given: a folder or a Hub id
     served_model_names: tuple[str, ...]
-    lora_modules: tuple[AdapterSource, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -87,6 +77,7 @@ class Config:
 
     server: ServerConfig
     engine: EngineConfig
+    adapters: AdapterConfig
     warnings: tuple[str, ...] = ()  # one line each, for the operator
 
 
@@ -110,7 +101,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
         arguments += _file_arguments(Path(namespace.config).expanduser(), namespace)
         namespace, warnings = flags.parse(arguments)
     values = {name: value for name, value in vars(namespace).items() if value is not None}
-    return _build(values, warnings)
+    return _build(values, environ, warnings)
 
 
 def _check_twins(environ: Mapping[str, str]) -> None:
@@ -171,7 +162,7 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _build(values: dict[str, Any], warnings: list[str]) -> Config:
+def _build(values: dict[str, Any], environ: Mapping[str, str], warnings: list[str]) -> Config:
     model = values.get("model", values.get("positional_model"))
     if model is None:
         raise InvalidConfig("no model given: loramux serve MODEL, or --model MODEL", param="--model")
@@ -184,22 +175,26 @@ def _build(values: dict[str, Any], warnings: list[str]) -> Config:
             message = f"--served-model-name {name[:256]!r} must be 1 to 256 printable characters"
             raise InvalidConfig(message, param="--served-model-name")
     values = {**values, "model": model, "served_model_name": served}
-    engine = _engine_config(values, warnings)
-    return Config(server=_server_config(values), engine=engine, warnings=tuple(warnings))
+    return Config(
+        server=_server_config(values),
+        engine=_engine_config(values),
+        adapters=adapter_config(values, environ),
+        warnings=tuple(warnings),
+    )
 
 
-def _engine_config(values: dict[str, Any], warnings: list[str]) -> EngineConfig:
+def _engine_config(values: dict[str, Any]) -> EngineConfig:
     given = {name: values[name] for name in EngineConfig.__struct_fields__ if name in values}
     if given.get("max_model_len") == -1:
         del given["max_model_len"]
     if "num_gpu_blocks_override" in values:
         given["num_kv_blocks"] = values["num_gpu_blocks_override"]
+    if given.get("max_cpu_loras", 1) <= 0:
+        del given["max_cpu_loras"]
     engine = EngineConfig(**given)
-    if values.get("max_cpu_loras", 0) > 0:
-        if values["max_cpu_loras"] < engine.max_loras:
-            message = f"max_cpu_loras ({values['max_cpu_loras']}) must be >= max_loras ({engine.max_loras})."
-            raise InvalidConfig(message, param="--max-cpu-loras")
-        warnings.append("--max-cpu-loras has no effect yet: every adapter stays in host memory")
+    if engine.max_cpu_loras is not None and engine.max_cpu_loras < engine.max_loras:
+        message = f"max_cpu_loras ({engine.max_cpu_loras}) must be >= max_loras ({engine.max_loras})."
+        raise InvalidConfig(message, param="--max-cpu-loras")
     return engine
 
 
@@ -208,7 +203,6 @@ def _server_config(values: dict[str, Any]) -> ServerConfig:
     api_keys = tuple(key for key in values.get("api_key", ()) if key)
     given |= {
         "served_model_names": values["served_model_name"],
-        "lora_modules": parse_lora_modules(values.get("lora_modules", ()), values["served_model_name"]),
         "api_keys": api_keys,
         "host": values.get("host") or ("0.0.0.0" if api_keys else "127.0.0.1"),
         "limits": _limits(values),
@@ -234,8 +228,6 @@ def _server_config(values: dict[str, Any]) -> ServerConfig:
 
 
 def _check_server(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    if given["lora_modules"] and not values.get("enable_lora"):
-        raise InvalidConfig("--lora-modules needs --enable-lora", param="--lora-modules")
     if not 0 <= given.get("port", 8000) <= 65535:
         raise InvalidConfig(f"--port must be from 0 to 65535, got {given['port']}", param="--port")
     choices = (
@@ -266,56 +258,6 @@ def _limits(values: Mapping[str, Any]) -> Limits:
             raise InvalidConfig(f"{flag} must be at least 0, got {value}", param=flag)
         given[spec.name] = value
     return Limits(**given)
-
-
-def parse_lora_modules(items: Sequence[str], base_names: Sequence[str]) -> tuple[AdapterSource, ...]:
-    """The adapters of `--lora-modules`: each item `name=path` or a JSON object.
-
-    Raises:
-        InvalidConfig: bad JSON, wrong keys, a bad name, or one that is taken.
-    """
-    sources: dict[str, AdapterSource] = {}
-    for item in items:
-        if not item.strip():
-            continue
-        source = _json_module(item) if item.lstrip().startswith(("{", "[")) else _plain_module(item)
-        check_adapter_name(source.name, base_names)
-        if source.name in sources:
-            message = f"--lora-modules names {source.name!r} twice"
-            raise InvalidConfig(message, param="--lora-modules")
-        sources[source.name] = source
-    return tuple(sources.values())
-
-
-def _plain_module(item: str) -> AdapterSource:
-    name, equals, path = item.partition("=")
-    if not equals or not name or not path:
-        message = f"--lora-modules takes name=path or a JSON object, got {item!r}"
-        raise InvalidConfig(message, param="--lora-modules")
-    return AdapterSource(name=name, path=path)
-
-
-def _json_module(item: str) -> AdapterSource:
-    try:
-        value = msgspec.json.decode(item)
-    except msgspec.DecodeError as error:
-        message = f"Invalid JSON format for --lora-modules: {item[:200]!r}: {error}"
-        raise InvalidConfig(message, param="--lora-modules") from error
-    names = {"name", "path", "base_model_name"}
-    is_right = isinstance(value, dict) and {"name", "path"} <= value.keys()
-    if is_right:
-        value.pop("is_3d_lora_weight", None)  # vLLM's hint for a format that inspection finds itself
-        is_right = value.keys() <= names and all(
-            isinstance(entry, str) or (entry is None and key == "base_model_name")
-            for key, entry in value.items()
-        )
-    if not is_right:
-        message = (
-            f'Invalid fields for --lora-modules: {item[:200]!r}; expected {{"name": ..., "path": ...}} '
-            'and perhaps "base_model_name", all strings'
-        )
-        raise InvalidConfig(message, param="--lora-modules")
-    return AdapterSource(**value)
 
 
 def _json_object(text: str, flag: str) -> dict[str, Any]:

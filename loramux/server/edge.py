@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,11 +18,19 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # one that is safe in a header and a log
 
 
+_AT_END = "loramux.at_end"
+
+
+def at_end(scope: Scope, callback: Callable[[], None]) -> None:
+    """Call something when a request is over: answered to the last byte, failed, or its client gone."""
+    scope[_AT_END].callback(callback)
+
+
 class EdgeLayer:
     """Give every request an id, return it as `x-request-id`, and answer what nobody caught.
 
     A client's own `x-request-id` is kept if it is 1-128 plain characters, else replaced. The id
-    stands in `scope["loramux.request_id"]`.
+    stands in `scope["loramux.request_id"]`. What `at_end` was given is called when the request is over.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -43,8 +53,10 @@ class EdgeLayer:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        at_end = scope[_AT_END] = contextlib.ExitStack()
         try:
-            await self._app(scope, receive, send_with_id)
+            with at_end:
+                await self._app(scope, receive, send_with_id)
         except Exception as error:
             logger.exception("unexpected error", extra={"request_id": request_id, "path": scope["path"]})
             if started:

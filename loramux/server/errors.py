@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loramux.engine import errors as engine_errors
-from loramux.engine.errors import LoramuxError
+from loramux.engine.errors import InvalidRequest, LoramuxError
 
 
 class AuthFailed(LoramuxError):
@@ -34,6 +34,22 @@ class ClientGone(LoramuxError):
     """The client closed the connection; nobody reads the answer."""
 
 
+class RuntimeUpdatesDisabled(LoramuxError):
+    """The operator did not allow clients to change adapters."""
+
+
+class AdapterNameRefused(InvalidRequest):
+    """No adapter may have this name, or none was given."""
+
+
+class AdapterExists(InvalidRequest):
+    """The name is taken, and the caller did not ask for a replacement."""
+
+
+class AdapterConflict(LoramuxError):
+    """The name stands for other content, and the caller did not ask for a replacement."""
+
+
 @dataclass(frozen=True, slots=True)
 class HttpError:
     """How one class of errors looks to a client."""
@@ -45,6 +61,7 @@ class HttpError:
 
 
 _RETRY: Final = {"retry-after": "1"}
+_NO_RETRY: Final = {"x-should-retry": "false"}  # for clients that retry a 409 by themselves
 
 ERRORS: Final[dict[type[LoramuxError], HttpError]] = {
     engine_errors.InvalidRequest: HttpError(400, "invalid_request_error", "invalid_value"),
@@ -54,8 +71,13 @@ ERRORS: Final[dict[type[LoramuxError], HttpError]] = {
     engine_errors.AdapterNotFound: HttpError(404, "NotFoundError", "adapter_not_found"),
     engine_errors.AdapterIncompatible: HttpError(400, "BadRequestError", "adapter_incompatible"),
     engine_errors.AdapterUnavailable: HttpError(503, "server_error", "adapter_unavailable", _RETRY),
+    engine_errors.AdapterSourceAuth: HttpError(424, "BadRequestError", "adapter_source_auth"),
     engine_errors.Overloaded: HttpError(503, "server_error", "overloaded", _RETRY),
     engine_errors.EngineDead: HttpError(503, "server_error", "engine_unavailable", _RETRY),
+    RuntimeUpdatesDisabled: HttpError(404, "NotFoundError", "runtime_lora_updates_disabled"),
+    AdapterNameRefused: HttpError(400, "InvalidUserInput", "invalid_adapter_name"),
+    AdapterExists: HttpError(400, "InvalidUserInput", "adapter_already_loaded"),
+    AdapterConflict: HttpError(409, "InvalidUserInput", "adapter_conflict", _NO_RETRY),
     AuthFailed: HttpError(401, "invalid_request_error", "invalid_api_key", {"www-authenticate": "Bearer"}),
     RequestTooLarge: HttpError(413, "invalid_request_error", "request_too_large"),
     ClientGone: HttpError(499, "invalid_request_error", "client_closed_request"),

@@ -64,6 +64,20 @@ def _switch(name: str, help_: str, *aliases: str) -> Flag:
     return Flag(name, help_, is_switch=True, aliases=aliases)
 
 
+# Also flags of `loramux fetch` and `loramux doctor`.
+SOURCE_FLAGS: Final = (
+    Flag("adapter-store-dir", "where fetched adapters are kept"),
+    Flag("allowed-local-path", "folders that local adapters may lie under", is_list=True),
+    Flag("pvc-root", "folder in which pvc://CLAIM/... is the folder CLAIM/..."),
+    _switch("copy-local-adapters", "copy local adapters to the store before they are used (default)"),
+    _switch("offline", "open no connection; serve what the store has"),
+    Flag("max-adapter-bytes", "bytes of one adapter's files", parse_count),
+    Flag("max-store-bytes", "bytes of the store; what was not used for longest goes", parse_count),
+    Flag("min-free-bytes", "bytes that a download leaves free on the disk", parse_count),
+    Flag("download-stall-timeout", "seconds without a byte after which a download starts again", float),
+    Flag("max-parallel-downloads", "adapters fetched at the same time", parse_count),
+)
+
 FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
     "model": (
         Flag("model", "a model folder, or a Hub id; the same as the positional MODEL"),
@@ -89,8 +103,20 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("max-lora-rank", "adapters of a higher rank are refused", parse_count),
         Flag("num-lanes", "size of the lane pool in ranks, instead of --max-loras", parse_count),
         Flag("max-cpu-loras", "adapters in host memory; at least --max-loras", parse_count),
+        Flag("host-lora-bytes", "bytes of adapters in host memory", parse_count),
         Flag("lora-dtype", "auto (the model's), bfloat16, float16 or float32"),
     ),
+    "adapters that come and go": (
+        _switch("lora-modules-strict", "an adapter of --lora-modules that fails stops the start (default)"),
+        _switch(
+            "allow-runtime-lora-updating", "clients may load and unload adapters, and resolvers are asked"
+        ),
+        Flag("adapter-load-timeout", "seconds a request waits for an adapter that is being loaded", float),
+        Flag("state-dir", "folder for the journal, which brings adapters back after a restart"),
+        Flag("adapters-file", "YAML file with the adapters to serve; watched"),
+        Flag("adapters-file-interval", "seconds between two looks at it", float),
+    ),
+    "where adapters come from": SOURCE_FLAGS,
     "engine": (
         Flag("max-num-seqs", "sequences that run at the same time", parse_count),
         Flag("max-num-batched-tokens", "tokens computed in one step", parse_count),

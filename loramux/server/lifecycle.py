@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -23,18 +22,16 @@ import uvicorn
 import uvloop
 
 from loramux.engine.client import ENGINE_COMMAND, EngineClient
-from loramux.engine.errors import AdapterError, EngineDead, InvalidConfig, LoramuxError
-from loramux.engine.types import AdapterSpec
-from loramux.resolvers.inspect import inspect_adapter
+from loramux.engine.errors import InvalidConfig, LoramuxError
+from loramux.server.adapter_start import Replay, load_modules
 from loramux.server.app import build_app, build_services
-from loramux.server.config import AdapterSource, Config, ServerConfig
+from loramux.server.config import Config, ServerConfig
 from loramux.server.model_folder import find_model_folder
 from loramux.server.services import Services
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S: Final = 3  # for connections whose answers have ended
-_PARALLEL_LOADS: Final = 4
 
 
 def run(config: Config, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -64,6 +61,7 @@ class _Server:
         self._engine: EngineClient | None = None
         self._stop = asyncio.Event()
         self._http: _Uvicorn | None = None
+        self._replay: Replay | None = None
 
     async def run(self) -> None:
         """Start, serve and stop.
@@ -122,8 +120,25 @@ class _Server:
             f"{info.num_kv_blocks * info.block_size} tokens"
         )
         services = await asyncio.to_thread(build_services, self._config, self._engine, folder)
-        await load_adapters(services, server.lora_modules)
+        try:
+            adapters = self._config.adapters
+            await load_modules(services.manager, adapters.modules, strict=adapters.modules_strict, say=_say)
+            self._replay = Replay(services.manager)
+            self._replay.start()
+            if services.desired is not None:
+                services.desired.start()
+        except BaseException:
+            await self._stop_adapters(services)
+            raise
         return services
+
+    async def _stop_adapters(self, services: Services) -> None:
+        if self._replay is not None:
+            await self._replay.stop()
+        if services.desired is not None:
+            await services.desired.stop()
+        await services.manager.aclose()
+        services.uploads.close()
 
     async def _serve(self, services: Services, listener: socket.socket) -> None:
         server = self._config.server
@@ -139,64 +154,14 @@ class _Server:
         await self._stop.wait()
         _say("stopping")
         services.stopping.set()
+        services.manager.events.close()
         self._http.should_exit = True
         deadline_s = time.monotonic() + server.shutdown_timeout_s
         while services.generator.num_calls and time.monotonic() < deadline_s and not self._http.force_exit:
             await asyncio.sleep(0.05)
         await services.engine.stop()  # what still runs gets an error now
+        await self._stop_adapters(services)
         await serving
-
-
-async def load_adapters(services: Services, sources: Sequence[AdapterSource]) -> None:
-    """Inspect and load the adapters of the command line, several at a time, and register their names.
-
-    Raises:
-        AdapterError: one of them cannot be served; the message begins with its name.
-    """
-    gate = asyncio.Semaphore(_PARALLEL_LOADS)
-    loaded: dict[str, asyncio.Task[None]] = {}  # one load a digest
-
-    async def load(source: AdapterSource) -> AdapterSpec:
-        async with gate:
-            spec = await asyncio.to_thread(_inspect, source, services)
-            if spec.digest not in loaded:
-                loaded[spec.digest] = asyncio.create_task(services.engine.load_adapter(spec))
-            try:
-                await asyncio.shield(loaded[spec.digest])
-            except EngineDead:
-                raise
-            except LoramuxError as error:
-                raise _named(error, source) from error
-            return spec
-
-    tasks = [asyncio.create_task(load(source)) for source in sources]
-    try:
-        specs = await asyncio.gather(*tasks)
-    finally:
-        for task in (*tasks, *loaded.values()):
-            task.cancel()
-    for source, spec in zip(sources, specs, strict=True):
-        shown = Path(source.path).name or source.name
-        services.adapters.add(source.name, spec, source=shown, base_model_name=source.base_model_name)
-        _say(
-            f"adapter {source.name}: rank {spec.rank}, {len(spec.modules)} modules, "
-            f"{spec.nbytes / 1e6:.1f} MB"
-        )
-
-
-def _inspect(source: AdapterSource, services: Services) -> AdapterSpec:
-    info = services.engine.info
-    try:
-        return inspect_adapter(
-            Path(source.path).expanduser(), info.lora_sites, max_lora_rank=info.max_lora_rank
-        )
-    except AdapterError as error:
-        raise _named(error, source) from error
-
-
-def _named(error: LoramuxError, source: AdapterSource) -> LoramuxError:
-    """The same kind of error, with the adapter's name in front."""
-    return type(error)(f"adapter {source.name!r} ({source.path}): {error.message}", param=error.param)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -10,8 +10,14 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from loramux.engine.client import EngineClient
-from loramux.server.adapters import AdapterRef, AdapterTable, require_model
+from loramux.server.adapter_manager import AdapterManager
+from loramux.server.adapter_names import require_model
+from loramux.server.adapter_upload import Uploads
+from loramux.server.adapters import AdapterRef, AdapterTable
 from loramux.server.config import Config
+from loramux.server.desired_state import DesiredState
+from loramux.server.disconnect import until_disconnect
+from loramux.server.edge import at_end
 from loramux.server.generation import Generator
 from loramux.server.prompts import PromptBuilder
 from loramux.server.tokenizer import Tokenizer
@@ -26,18 +32,35 @@ class Services:
     tokenizer: Tokenizer
     prompts: PromptBuilder
     generator: Generator
-    adapters: AdapterTable
+    manager: AdapterManager
+    uploads: Uploads
     sampling_defaults: Mapping[str, Any]
+    desired: DesiredState | None = None  # if there is an --adapters-file
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def adapter_of(self, model: str | None) -> AdapterRef | None:
-        """The adapter that a request's `model` names, decided now and for the whole request.
+    @property
+    def adapters(self) -> AdapterTable:
+        """The names."""
+        return self.manager.table
+
+    async def adapter_of(self, model: str | None, request: Request) -> AdapterRef | None:
+        """The adapter that a request's `model` names, decided now and held until the request's end.
+
+        Waits for one that is being loaded, or that a resolver knows; None means the base model.
 
         Raises:
             ModelNotFound: the name is unknown.
+            AdapterError: it is known, and cannot be had.
+            ClientGone: nobody waits any more.
         """
         require_model(model)
-        return self.adapters.lookup(model)
+        if model is None or self.adapters.is_base(model):
+            return None
+        lease = self.adapters.lease(model)
+        if lease is None:
+            lease = await until_disconnect(self.manager.lease(model), request.receive)
+        at_end(request.scope, lease.release)
+        return lease.ref
 
     def shown_model(self, model: str | None) -> str:
         """The name an answer carries: the requested one, the base model's if there was none."""
@@ -50,7 +73,7 @@ class Services:
             reasons.append("the engine is not running")
         if self.stopping.is_set():
             reasons.append("the server is shutting down")
-        return reasons
+        return [*reasons, *self.manager.missing()]
 
 
 def get_services(request: Request) -> Services:

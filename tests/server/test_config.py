@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from loramux.engine.errors import InvalidConfig
-from loramux.server.config import AdapterSource, Config, read_config
+from loramux.server.adapter_config import AdapterSource
+from loramux.server.config import Config, read_config
 from loramux.version import __version__
 
 
@@ -63,7 +64,7 @@ def test_command_line_of_a_platform_starts() -> None:
     )
 
     assert config.server.served_model_names == ("a", "b")
-    assert config.server.lora_modules == (
+    assert config.adapters.modules == (
         AdapterSource(name="x", path="/p/x"),
         AdapterSource(name="y", path="/p/y", base_model_name="a"),
     )
@@ -141,7 +142,7 @@ def test_lora_modules_split_at_the_first_equals_sign_and_may_be_repeated() -> No
         "m", "--enable-lora", "--lora-modules", "a=/p=1", "org/b:v1 x=/q", "--lora-modules", "c=/r", ""
     )
 
-    assert [(source.name, source.path) for source in config.server.lora_modules] == [
+    assert [(source.name, source.path) for source in config.adapters.modules] == [
         ("a", "/p=1"),
         ("org/b:v1 x", "/q"),
         ("c", "/r"),

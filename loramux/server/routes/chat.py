@@ -19,7 +19,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request, body: ChatRequest, services: ServicesDep) -> Response:
     """Answer a conversation."""
-    adapter = services.adapter_of(body.model)
+    adapter = await services.adapter_of(body.model, request)
     body.check_supported()
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is None:

@@ -21,7 +21,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/completions")
 async def create_completion(request: Request, body: CompletionRequest, services: ServicesDep) -> Response:
     """Continue one or several prompts."""
-    adapter = services.adapter_of(body.model)
+    adapter = await services.adapter_of(body.model, request)
     body.check_supported()
     params = body.to_params(
         dict(services.sampling_defaults),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from loramux.server.routes.body import JsonRoute
 from loramux.server.sampling_params import check_token_ids
@@ -14,9 +14,9 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, services: ServicesDep) -> Response:
+async def tokenize(request: Request, body: TokenizeRequest, services: ServicesDep) -> Response:
     """Token ids of a prompt or a conversation; adapters use the base model's tokenizer."""
-    services.adapter_of(body.model)
+    await services.adapter_of(body.model, request)
     if body.messages is not None:
         prompt = await services.prompts.from_chat(
             body.messages,
@@ -40,9 +40,9 @@ async def tokenize(body: TokenizeRequest, services: ServicesDep) -> Response:
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> Response:
+async def detokenize(request: Request, body: DetokenizeRequest, services: ServicesDep) -> Response:
     """The text of token ids, control tokens included."""
-    services.adapter_of(body.model)
+    await services.adapter_of(body.model, request)
     check_token_ids("tokens", body.tokens, services.engine.info.vocab_size)
     text = services.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return Response(msgspec.json.encode(Detokenized(text)), media_type="application/json")

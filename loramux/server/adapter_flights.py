@@ -1,0 +1,86 @@
+"""Loads under way: one a name, in a task of its own, whoever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from loramux.engine.errors import AdapterNotFound, LoramuxError, Overloaded
+from loramux.server.adapter_orders import Loaded, LoadOrder
+
+_MAX_LOOKUPS: Final = 1000  # flights that requests started, by naming what nobody knows
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """One load under way."""
+
+    order: LoadOrder
+    task: asyncio.Task[Loaded]
+
+    async def landing(self) -> Loaded:
+        """Its end, for one of those who wait for it; a caller who gives up does not stop it.
+
+        Raises:
+            LoramuxError: it failed, or was stopped.
+        """
+        await self.ended()
+        if self.task.cancelled():
+            message = f"The lora adapter '{self.order.name}' was unloaded while it was loading."
+            raise AdapterNotFound(message, param="lora_name")
+        error = self.task.exception()
+        if isinstance(error, LoramuxError):
+            raise again(error) from error
+        return self.task.result()
+
+    async def ended(self) -> None:
+        """Return when it is over, however it ended."""
+        await asyncio.wait([self.task])
+
+    async def stop(self) -> None:
+        """Give it up."""
+        self.task.cancel()
+        await self.ended()
+
+
+class Flights:
+    """The loads under way, by name."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Flight] = {}
+
+    def get(self, name: str) -> Flight | None:
+        """The load of one name."""
+        return self._by_name.get(name)
+
+    def take_off(self, order: LoadOrder, load: Coroutine[None, None, Loaded]) -> Flight:
+        """Start a load; there must be none of the same name.
+
+        Raises:
+            Overloaded: requests started too many.
+        """
+        assert order.name not in self._by_name, f"{order.name} is being loaded"
+        if order.source is None and len(self._by_name) >= _MAX_LOOKUPS:
+            load.close()
+            raise Overloaded(f"{_MAX_LOOKUPS} adapters are being loaded already; try again later")
+        flight = Flight(order, asyncio.create_task(load))
+        self._by_name[order.name] = flight
+        flight.task.add_done_callback(partial(self._land, order.name))
+        return flight
+
+    async def stop_all(self) -> None:
+        """Give all of them up."""
+        await asyncio.gather(*(flight.stop() for flight in self._by_name.values()))
+
+    def _land(self, name: str, task: asyncio.Task[Loaded]) -> None:
+        del self._by_name[name]
+        if not task.cancelled():
+            task.exception()  # perhaps nobody waits for it any more
+
+
+def again(error: LoramuxError) -> LoramuxError:
+    """The same error for one more caller: a raised exception keeps its traceback."""
+    return type(error)(error.message, param=error.param)
