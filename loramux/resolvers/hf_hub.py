@@ -90,7 +90,7 @@ class HubResolver:
             )
         except InvalidRequest:
             return None
-        if wanted.revision is not None or folder.endswith("/"):
+        if wanted.revision is not None or adapter_name.endswith("/"):
             return None  # the operator decides on revisions; one adapter has one name
         if self._client is None:
             stored = str(SourceUri("hf", wanted.authority, wanted.path, shelf.uri.revision))
