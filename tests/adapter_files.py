@@ -31,11 +31,21 @@ _SHAPES = {
 }
 
 
-def llama_sites(num_layers: int = 2) -> dict[str, LoraSite]:
-    """The modules of a Llama so small that nothing about it takes time."""
-    return {
+def llama_sites(num_layers: int = 2, *, vocabulary: int = 0, is_tied: bool = False) -> dict[str, LoraSite]:
+    """The modules of a Llama so small that nothing about it takes time.
+
+    Args:
+        num_layers: each with seven linear modules.
+        vocabulary: rows of embedding and head; 0 leaves both out.
+        is_tied: the head shares the embedding's weight.
+    """
+    sites = {
         f"model.layers.{layer}.{name}": site for layer in range(num_layers) for name, site in _SHAPES.items()
     }
+    if vocabulary:
+        sites["model.embed_tokens"] = LoraSite(vocabulary, 16, "embedding")
+        sites["lm_head"] = LoraSite(16, vocabulary, "head", is_tied)
+    return sites
 
 
 def encode_values(values: NDArray[np.float32], dtype: str) -> bytes:
@@ -77,7 +87,8 @@ def random_tensors(
         r = rank if isinstance(rank, int) else rank[module]
         for side, shape in (("A", (r, site.in_features)), ("B", (site.out_features, r))):
             values = rng.normal(scale=0.1, size=math.prod(shape)).astype(np.float32)
-            tensors[f"{prefix}{module}.lora_{side}.weight"] = (dtype, shape, encode_values(values, dtype))
+            end = f"lora_embedding_{side}" if site.kind == "embedding" else f"lora_{side}.weight"
+            tensors[f"{prefix}{module}.{end}"] = (dtype, shape, encode_values(values, dtype))
     return tensors
 
 

@@ -66,6 +66,7 @@ class Engine:
             self.adapters,
             read=self.runner.read_adapter,
             fill=self.runner.fill_lanes,
+            keep_tables=self.runner.keep_tables,
             forget_kv=self.scheduler.blocks.forget,
             fail_waiting=self._fail_waiting,
         )
@@ -197,6 +198,7 @@ class Engine:
             host_adapters=self.adapters.on_host,
             host_bytes=self.adapters.host_bytes,
             host_evictions=self.adapters.num_host_evictions,
+            table_bytes=self.runner.table_bytes,
         )
 
     def _check_loadable(self, spec: AdapterSpec) -> None:

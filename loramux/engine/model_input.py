@@ -6,7 +6,9 @@ are consecutive, then prompt chunks, sorted likewise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 
 from loramux.engine.kernels.attention import AttentionInput, DecodeGroup, PromptChunk
-from loramux.engine.kernels.lora import LoraInput, Segment, plan_lora
+from loramux.engine.kernels.lora import GainSegment, LoraInput, Segment, plan_lora
+from loramux.engine.kernels.tables import AdapterTables, TableSegment
 from loramux.engine.scheduler import ScheduledBatch, ScheduledSequence
 
 Ints = npt.NDArray[np.int64]
@@ -29,6 +32,7 @@ class ModelInput:
     rope_lengths: Tensor | None  # [num_tokens] int64, with dynamic RoPE only
     attention: AttentionInput
     lora: LoraInput | None
+    tables: list[TableSegment]  # tokens whose adapter changes a vocabulary table or has gains
     logits_index: Tensor  # [num_logits] int64: tokens whose logits are wanted
     order: list[ScheduledSequence]  # the sequences in token order
     logits_rows: list[tuple[int, int]]  # per sequence of `order`: its rows of the logits
@@ -55,8 +59,14 @@ class InputBuilder:
         self._device = device
         self._heads = np.arange(num_kv_heads, dtype=np.int64)
 
-    def build(self, batch: ScheduledBatch) -> ModelInput:
-        """The tensors of one step."""
+    def build(
+        self, batch: ScheduledBatch, tables: Mapping[str, AdapterTables] = MappingProxyType({})
+    ) -> ModelInput:
+        """The tensors of one step.
+
+        Args:
+            tables: of the adapters on the device that have some, by digest
+        """
         order = sorted(batch.sequences, key=lambda s: (s.count > 1, s.seq.lanes.first if s.seq.lanes else -1))
         starts = np.array([s.start for s in order], dtype=np.int64)
         counts = np.array([s.count for s in order], dtype=np.int64)
@@ -69,6 +79,7 @@ class InputBuilder:
         blocks = [np.array(s.seq.block_ids, dtype=np.int64) for s in order]
         num_decode = int((counts == 1).sum())
         logits_index, logits_rows = _wanted_logits(order, offsets)
+        own_tables = _table_segments(order, offsets, logits_rows, tables) if tables else []
         return ModelInput(
             token_ids=self._tensor(token_ids),
             positions=self._tensor(positions),
@@ -79,8 +90,13 @@ class InputBuilder:
                 prompts=self._prompt_chunks(order[num_decode:], blocks[num_decode:], offsets[num_decode:]),
             ),
             lora=plan_lora(
-                _segments(order, offsets, num_decode), num_decode, dtype=self._dtype, device=self._device
+                _segments(order, offsets, num_decode),
+                num_decode,
+                dtype=self._dtype,
+                device=self._device,
+                gains=[GainSegment(s.begin, s.end, s.tables.gains) for s in own_tables if s.tables.gains],
             ),
+            tables=own_tables,
             logits_index=self._tensor(logits_index),
             order=order,
             logits_rows=logits_rows,
@@ -162,6 +178,26 @@ def _segments(order: list[ScheduledSequence], offsets: Ints, num_decode: int) ->
             segments[-1] = Segment(last.begin, end, lanes.first, lanes.rank)
         else:
             segments.append(Segment(begin, end, lanes.first, lanes.rank))
+    return segments
+
+
+def _table_segments(
+    order: list[ScheduledSequence],
+    offsets: Ints,
+    logits_rows: list[tuple[int, int]],
+    tables: Mapping[str, AdapterTables],
+) -> list[TableSegment]:
+    """Maximal runs of one adapter that has tables; they may cross into the prompt chunks."""
+    segments: list[TableSegment] = []
+    for index, (item, (logits_begin, logits_end)) in enumerate(zip(order, logits_rows, strict=True)):
+        own = tables.get(item.seq.adapter) if item.seq.adapter is not None else None
+        if own is None:
+            continue
+        begin, end = int(offsets[index]), int(offsets[index + 1])
+        if segments and segments[-1].end == begin and segments[-1].tables is own:
+            last = segments.pop()
+            begin, logits_begin = last.begin, last.logits_begin
+        segments.append(TableSegment(begin, end, logits_begin, logits_end, own))
     return segments
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import KVCache
+from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.layers.sampler import SamplingRow, sample, token_logprobs
 from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.models.decoder import Decoder
 from loramux.engine.models.families import load_model_config
-from loramux.engine.models.weights import Checkpoint
+from loramux.engine.models.weights import BaseWeights, Checkpoint
 from loramux.engine.scheduler import SampledToken, ScheduledBatch, StepResult
 from loramux.engine.sequence import Sequence
 from loramux.engine.types import AdapterSpec, TokenLogprobs
@@ -52,6 +53,8 @@ class ModelRunner:
         if lane_dtype != self.dtype:
             logger.warning("--lora-dtype has no effect: lanes are computed in the model's dtype")
         self.lanes = LanePool(self.model_config, config.lane_pool, dtype=self.dtype, device=self.device)
+        self.tables: dict[str, AdapterTables] = {}  # of the adapters on the device that have some
+        self._base = BaseWeights(Path(config.model), self.dtype)
         loaded = 0
 
         def count_layer() -> None:
@@ -88,21 +91,37 @@ class ModelRunner:
     @torch.inference_mode()
     def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
         """Read an adapter's files into host memory; safe in another thread."""
-        return read_adapter(spec, self.model_config, self.dtype)
+        return read_adapter(spec, self.model_config, self.dtype, self._base)
 
     @torch.inference_mode()
     def fill_lanes(self, adapter: HostAdapter, span: LaneSpan) -> None:
-        """Copy an adapter into lanes that no running sequence uses; safe in another thread."""
+        """Copy an adapter into lanes that no running sequence uses; safe in another thread.
+
+        Its tables appear in one step, when they are complete.
+        """
         self.lanes.write(adapter, span)
+        if adapter.tables:
+            self.tables[adapter.digest] = adapter.tables.to(self.device)
+
+    def keep_tables(self, residents: Set[str]) -> None:
+        """Free the tables of adapters that lost their lanes."""
+        for digest in list(self.tables):
+            if digest not in residents:
+                del self.tables[digest]
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables of adapters on the device."""
+        return sum(tables.nbytes for tables in list(self.tables.values()))
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Run the model once and sample."""
-        inputs = self._builder.build(batch)
+        inputs = self._builder.build(batch, self.tables)
         hidden = self.model.forward(inputs, self._caches)
         if not len(hidden):
             return StepResult({})  # every sequence is in the middle of its prompt
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, inputs.tables)
         return StepResult(self._sample(logits, inputs), _prompt_logprobs(logits, inputs))
 
     def _seed(self, seq: Sequence) -> int:

@@ -6,6 +6,8 @@ is. Text never appears: the server turns text into token ids and back.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -69,15 +71,34 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, when asked for
 
 
+class TensorRef(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor of an adapter: its key, and the safetensors file, relative to the adapter's folder."""
+
+    key: str
+    file: str
+
+
 class LoraModule(msgspec.Struct, frozen=True, array_like=True):
-    """The two tensors of one wrapped linear layer and how to read them."""
+    """The tensors of one wrapped module and how to read them.
+
+    On the token embedding the "input" is one-hot: A is [rank, vocabulary], B [embed_dim, rank].
+    """
 
     module: str  # path inside the base model, e.g. model.layers.3.self_attn.q_proj
     rank: int
     scale: float  # alpha / rank, or alpha / sqrt(rank) with rsLoRA; folded into B at load
-    key_a: str  # tensor key of A, [rank, in_features]
-    key_b: str  # tensor key of B, [out_features, rank]
-    file: str  # safetensors file, relative to the adapter's folder
+    a: TensorRef  # [rank, in_features]
+    b: TensorRef  # [out_features, rank]
+    magnitude: TensorRef | None = None  # [out_features], DoRA's; None = plain LoRA
+
+
+class TableTensor(msgspec.Struct, frozen=True, array_like=True):
+    """What an adapter says about a whole vocabulary table (token embedding or output head)."""
+
+    module: str  # e.g. model.embed_tokens or lm_head
+    kind: Literal["full", "rows", "copy"]  # instead of the table | of some rows | equal to the base's
+    tensor: TensorRef  # [vocabulary, embed_dim], of `rows` [len(token_ids), embed_dim]
+    token_ids: list[int] = []  # of `rows`: which, each once
 
 
 class AdapterFile(msgspec.Struct, frozen=True, array_like=True):
@@ -93,18 +114,36 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     digest: str  # sha256 hex over the canonical config and all tensor bytes
     path: str  # local folder
-    rank: int  # the largest rank of any module
+    rank: int  # the largest rank of any module, at least 1
     nbytes: int  # tensor bytes on disk
     modules: list[LoraModule]
     files: list[AdapterFile]
+    tables: list[TableTensor] = []
     base_model: str | None = None  # what the config says it was trained on
 
 
 class LoraSite(msgspec.Struct, frozen=True, array_like=True):
-    """A linear layer of the base model that an adapter may target."""
+    """A module of the base model that an adapter may change.
+
+    The embedding maps the vocabulary to embed_dim features, the head embed_dim features to the
+    vocabulary.
+    """
 
     in_features: int
     out_features: int
+    kind: Literal["linear", "embedding", "head"] = "linear"
+    is_tied: bool = False  # of the head: it shares the embedding's weight
+
+    @property
+    def is_table(self) -> bool:
+        """True if it has one row a token of the vocabulary."""
+        return self.kind != "linear"
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """[vocabulary, embed_dim] of a table's weight."""
+        sizes = (self.in_features, self.out_features)
+        return sizes if self.kind == "embedding" else (sizes[1], sizes[0])
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,6 +185,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     lanes_total: int = 0
     host_bytes: int = 0
     host_evictions: int = 0
+    table_bytes: int = 0  # of the device adapters beyond their lanes; on a CPU the host's own bytes
     running_adapters: list[str] = []  # digests
     waiting_adapters: list[str] = []
     device_adapters: list[str] = []

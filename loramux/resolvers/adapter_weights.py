@@ -111,28 +111,33 @@ def _weight_map(folder: AdapterFolder) -> dict[str, str]:
     return weight_map
 
 
-def content_digest(scalings: Mapping[str, tuple[int, float]], tensors: Mapping[str, AdapterTensor]) -> str:
+def content_digest(
+    scalings: Mapping[str, tuple[int, float]],
+    tensors: Mapping[str, AdapterTensor],
+    rows: Mapping[str, list[int]],
+) -> str:
     """The sha256 that identifies an adapter's effect, whatever its folder, key prefixes or shards.
 
-    Covers rank and scale of every module and dtype, shape and bytes of every tensor. A preamble
-    gives all lengths, so that no two adapters can hash the same stream.
+    Covers rank and scale of every module, the token ids of replaced rows, and dtype, shape and bytes
+    of every tensor. A preamble gives all lengths, so that no two adapters can hash the same stream.
 
     Args:
         scalings: module -> (rank, scale).
         tensors: normalised key -> tensor; every file is read once.
+        rows: table -> ids of the tokens whose rows are replaced.
 
     Raises:
         AdapterIncompatible: a file became shorter since its header was read.
     """
     ordered = sorted(tensors.items())
-    preamble = json.dumps(
-        {
-            "format": "loramux-lora-1",
-            "modules": [[name, rank, scale.hex()] for name, (rank, scale) in sorted(scalings.items())],
-            "tensors": [[key, tensor.entry.dtype, tensor.entry.shape] for key, tensor in ordered],
-        },
-        separators=(",", ":"),
-    ).encode()
+    content: dict[str, object] = {
+        "format": "loramux-lora-1",
+        "modules": [[name, rank, scale.hex()] for name, (rank, scale) in sorted(scalings.items())],
+        "tensors": [[key, tensor.entry.dtype, tensor.entry.shape] for key, tensor in ordered],
+    }
+    if rows:
+        content["rows"] = sorted(rows.items())
+    preamble = json.dumps(content, separators=(",", ":")).encode()
     digest = hashlib.sha256(len(preamble).to_bytes(8, "little") + preamble)
     chunk = memoryview(bytearray(_CHUNK_BYTES))
     for _, tensor in ordered:

@@ -13,16 +13,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
+from loramux.engine.types import LoraSite
 from loramux.resolvers import regex_match
 from loramux.resolvers.peft_config import LoraSettings
 from loramux.resolvers.refusal import config_refused, shown
 from loramux.resolvers.regex_match import Answer, Match, Query
 
 _ALL_LINEAR: Final = "all-linear"
-_OUTPUT_HEADS: Final = frozenset({"lm_head"})
 _ANY_LAYER: Final = r".*?\.[^.]*\.(?P<idx>\d+)\."  # the first number in the path is the layer
 # A plain name, perhaps anchored: no repetition and no choice, so matching it takes no time.
 _PLAIN: Final = re.compile(r"\^?(?:[\w.\-]|\\\.)*\$?", re.ASCII)
@@ -31,24 +31,37 @@ _CHILD_TIMEOUT_S: Final = 60.0  # the child's own limit of CPU time comes first,
 _T = TypeVar("_T")
 
 
-def selected_modules(settings: LoraSettings, modules: Collection[str]) -> set[str]:
-    """The modules of the base model that the adapter was trained on.
+def selected_modules(settings: LoraSettings, sites: Mapping[str, LoraSite]) -> set[str]:
+    """The modules of the base model that target_modules and its neighbours select for LoRA.
 
     Raises:
         AdapterIncompatible: a regular expression is invalid or takes too long.
     """
-    candidates = sorted(set(modules) - _excluded(settings, modules))
+    candidates = sorted(set(sites) - _excluded(settings, sites))
     target = settings.target_modules
     if isinstance(target, str):
         if target.lower() == _ALL_LINEAR:
-            return {module for module in candidates if module not in _OUTPUT_HEADS}
+            return {module for module in candidates if sites[module].kind == "linear"}
         matches = _matches("target_modules", [target], candidates, is_full=True)
         return {module for module, match in zip(candidates, matches, strict=True) if match}
     targets = frozenset(target)
-    by_suffix = [module for module in candidates if not targets.isdisjoint(_suffixes(module))]
+    by_suffix = [module for module in candidates if not targets.isdisjoint(names_of(module))]
     # layers_to_transform narrows suffixes only: a full path already names its layer.
     chosen = {module for module in by_suffix if module in targets}
     return chosen | _in_layers(settings, by_suffix)
+
+
+def targets_last_name(settings: LoraSettings, modules: Iterable[str]) -> bool:
+    """True if target_modules matches the bare last name of a module, as PEFT asks before it ties.
+
+    Raises:
+        AdapterIncompatible: a regular expression is invalid or takes too long.
+    """
+    names = [module.rpartition(".")[2] for module in modules]
+    target = settings.target_modules
+    if isinstance(target, str):
+        return any(_matches("target_modules", [target], names, is_full=True))
+    return any(wanted.rpartition(".")[2] in names for wanted in target)
 
 
 def by_pattern(field: str, pattern: Mapping[str, _T], default: _T, modules: Sequence[str]) -> list[_T]:
@@ -66,7 +79,7 @@ def by_pattern(field: str, pattern: Mapping[str, _T], default: _T, modules: Sequ
     ]
 
 
-def _excluded(settings: LoraSettings, modules: Collection[str]) -> set[str]:
+def _excluded(settings: LoraSettings, modules: Iterable[str]) -> set[str]:
     exclude = settings.exclude_modules
     if not exclude:
         return set()
@@ -75,11 +88,11 @@ def _excluded(settings: LoraSettings, modules: Collection[str]) -> set[str]:
         matches = _matches("exclude_modules", [exclude], names, is_full=True)
         return {name for name, match in zip(names, matches, strict=True) if match}
     names_to_exclude = frozenset(exclude)
-    return {module for module in modules if not names_to_exclude.isdisjoint(_suffixes(module))}
+    return {module for module in modules if not names_to_exclude.isdisjoint(names_of(module))}
 
 
-def _suffixes(module: str) -> list[str]:
-    """The path itself and what follows each of its dots."""
+def names_of(module: str) -> list[str]:
+    """Every name that a config may use for a module: its path, and what follows each of its dots."""
     parts = module.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 

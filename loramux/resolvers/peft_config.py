@@ -1,9 +1,9 @@
 """adapter_config.json -> what the LoRA math needs, or a refusal that names the field.
 
 Every field of PEFT's LoraConfig stands in exactly one of three tables below: used here, without
-effect once training is over, or refused unless it is off. A field that no table knows is refused
-unless it is off too, since it may change the math. A test compares the tables with the installed
-PEFT, so that a new field is noticed.
+effect once training is over, or refused unless it is off. A fourth table holds what training
+programs add to the file. A field that no table knows is refused unless it is off too, since it may
+change the math. A test compares the tables with the installed PEFT, so that a new field is noticed.
 
 Source: PEFT 0.21, `peft/tuners/lora/config.py` and `layer.py`.
 """
@@ -37,6 +37,10 @@ HANDLED: Final = frozenset(
         "fan_in_fan_out",
         "init_lora_weights",
         "base_model_name_or_path",
+        "use_dora",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
     }
 )
 
@@ -54,16 +58,18 @@ HARMLESS: Final[dict[str, str]] = {
     "megatron_core": "read only with megatron_config, which is refused",
     "qalora_group_size": "read only with use_qalora, which is refused",
     "runtime_config": "PEFT ignores it in a file",
-    "ensure_weight_tying": "concerns embeddings and modules_to_save, whose tensors are refused",
+}
+
+TRAINERS: Final[dict[str, str]] = {
+    "unsloth_fixed": "Unsloth's note that it patched the model's code",
+    "modules_to_tie": "PEFT derives it from ensure_weight_tying whenever it loads the adapter",
+    "target_modules_to_tie": "PEFT derives it from ensure_weight_tying whenever it loads the adapter",
 }
 
 UNSUPPORTED: Final[dict[str, str]] = {
-    "modules_to_save": "it replaces whole modules of the base model",
-    "use_dora": "DoRA rescales the base weights",
     "lora_bias": "it adds a bias to lora_B",
     "target_parameters": "it adapts parameters that are not linear layers",
     "layer_replication": "it changes the base model's stack of layers",
-    "trainable_token_indices": "it replaces rows of the embedding",
     "alora_invocation_tokens": "activated LoRA switches the adapter on inside the prompt",
     "megatron_config": "it is for Megatron's parallel layers",
     "use_qalora": "QALoRA pools the layer's input",
@@ -84,6 +90,9 @@ _EMPTY_IS_ON: Final = frozenset(
 _PLAIN_INITS: Final = ("gaussian", "orthogonal", "eva", "mica")
 
 
+_EMBEDDING: Final = "embed_tokens"  # where PEFT puts a plain list of trainable_token_indices
+
+
 class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of an adapter's config that decide which modules it changes and how much."""
 
@@ -96,6 +105,10 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
     layers_pattern: list[str]
     rank_pattern: dict[str, int]  # regular expression -> rank; the first that matches wins
     alpha_pattern: dict[str, float]
+    use_dora: bool
+    modules_to_save: list[str]  # names of modules that the adapter replaces
+    token_rows: dict[str, list[int]]  # name of a table -> its rows that the adapter replaces
+    ensure_weight_tying: bool  # what changes a tied embedding changes the head, too
     base_model: str | None
 
     def scale(self, rank: int, alpha: float) -> float:
@@ -107,8 +120,8 @@ def parse_config(config: dict[str, object]) -> LoraSettings:
     """Check every field of a parsed adapter_config.json.
 
     Raises:
-        AdapterIncompatible: a field is missing, has the wrong type, or asks for something that is
-            not plain LoRA on linear layers.
+        AdapterIncompatible: a field is missing, has the wrong type, or asks for something that
+            cannot be served.
     """
     _check_kind(config)
     _check_features(config)
@@ -127,6 +140,12 @@ def parse_config(config: dict[str, object]) -> LoraSettings:
             key: _number(f"alpha_pattern[{shown(key)}]", value)
             for key, value in _map(config, "alpha_pattern")
         },
+        use_dora=_bool(config, "use_dora"),
+        modules_to_save=_string_list(
+            "modules_to_save", "a list of names", _given(config, "modules_to_save", [])
+        ),
+        token_rows=_token_rows(_given(config, "trainable_token_indices", [])),
+        ensure_weight_tying=_bool(config, "ensure_weight_tying"),
         base_model=_base_model(config),
     )
     # PEFT keeps lora_A as [r, in_features] and lora_B as [out_features, r] whatever fan_in_fan_out
@@ -160,7 +179,8 @@ def _check_features(config: dict[str, object]) -> None:
     for field, value in config.items():
         if field in UNSUPPORTED and not _is_off(field, value):
             raise config_refused(field, f"is {shown(value)}, which is not supported: {UNSUPPORTED[field]}")
-        if field not in HANDLED and field not in HARMLESS and field not in UNSUPPORTED and value:
+        is_known = field in HANDLED or field in HARMLESS or field in TRAINERS or field in UNSUPPORTED
+        if not is_known and value:
             name = field if field.isidentifier() else shown(field)
             raise config_refused(name, f"is {shown(value)}: an unknown field, which might change the result")
 
@@ -252,6 +272,21 @@ def _layers(value: object) -> list[int]:
     if len(numbers) != len(layers):
         raise _wrong_type("layers_to_transform", "an integer or a list of integers", value)
     return numbers
+
+
+def _token_rows(value: object) -> dict[str, list[int]]:
+    """PEFT's two spellings: the rows of the embedding, or the rows of each named table."""
+    field = "trainable_token_indices"
+    named = value if isinstance(value, dict) else {_EMBEDDING: value}
+    rows = {}
+    for name, indices in named.items():
+        if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+            raise _wrong_type(field, "a list of integers, or an object of such lists", value)
+        if len(set(indices)) < len(indices):
+            raise config_refused(field, f"names a token of {shown(name)} twice")
+        if indices:
+            rows[name] = indices
+    return rows
 
 
 def _map(config: dict[str, object], field: str) -> list[tuple[str, object]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loramux.engine.errors import AdapterError, AdapterIncompatible, AdapterNotFound
+from loramux.engine.types import LoraSite
 from tests.adapter_files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -22,7 +23,8 @@ from tests.adapter_files import (
     write_folder,
 )
 
-SITES = llama_sites()
+VOCABULARY = 32
+SITES = llama_sites(vocabulary=VOCABULARY)
 MODULES = {name: site for name, site in SITES.items() if name.endswith(("q_proj", "v_proj"))}
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY_A = f"base_model.model.{Q0}.lora_A.weight"
@@ -38,6 +40,7 @@ class Bad(NamedTuple):
     make: Make
     says: tuple[str, ...]
     error: type[AdapterError] = AdapterIncompatible
+    sites: Mapping[str, LoraSite] = SITES
 
 
 def config(name: str, *says: str, **overrides: Any) -> Bad:
@@ -116,15 +119,6 @@ def index(weight_map: object, shard: Tensors | None = None) -> Make:
     return make
 
 
-def halves_in_two_files(folder: Path) -> None:
-    write_folder(folder, peft_config(), None)
-    weight_map = {key: f"part-{'AB'[key.endswith('B.weight')]}.safetensors" for key in GOOD}
-    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    for name in set(weight_map.values()):
-        part = {key: tensor for key, tensor in GOOD.items() if weight_map[key] == name}
-        (folder / name).write_bytes(safetensors_bytes(part))
-
-
 FOLDERS = [
     Bad("no folder", os.rmdir, ("No adapter found for", "no such folder"), AdapterNotFound),
     Bad("empty folder", lambda folder: None, ("No adapter found for", CONFIG_FILE), AdapterNotFound),
@@ -146,7 +140,6 @@ FOLDERS = [
         (INDEX_FILE, "lists 7 tensors that its files lack"),
     ),
     Bad("no weight_map", index(None), (INDEX_FILE, "weight_map")),
-    Bad("shards by side", halves_in_two_files, ("different files", "one adapter_model.safetensors")),
 ]
 
 CONFIGS = [
@@ -216,12 +209,43 @@ CONFIGS = [
         )
         for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "a new one")
     ),
-    unsupported("use_dora", True),
+    config("DoRA of text", "use_dora must be true or false", use_dora="yes"),
+    config("tying of text", "ensure_weight_tying must be true or false", ensure_weight_tying="yes"),
     unsupported("lora_bias", True),
-    unsupported("modules_to_save", ["lm_head"]),
+    *(
+        config(
+            f"replaces {name}",
+            f"modules_to_save names {name!r}, which is not supported",
+            "only model.embed_tokens and lm_head",
+            modules_to_save=["lm_head", name],
+        )
+        for name in ("norm", "score", "q_proj", "tokens", "model", ".*", "model.layers.0.mlp.up_proj", "")
+    ),
+    config("modules to save are text", "modules_to_save must be a list", modules_to_save="lm_head"),
+    config("modules to save are numbers", "modules_to_save must be a list", modules_to_save=[1]),
+    config("token indices are a number", "trainable_token_indices must be", trainable_token_indices=1),
+    config("token indices are text", "trainable_token_indices must be", trainable_token_indices=["1"]),
+    config("token indices are true", "trainable_token_indices must be", trainable_token_indices=[True]),
+    config("a token twice", "names a token of 'embed_tokens' twice", trainable_token_indices=[3, 1, 3]),
+    config(
+        "a table twice",
+        "trainable_token_indices names model.embed_tokens twice",
+        trainable_token_indices={"embed_tokens": [1], "model.embed_tokens": [2]},
+    ),
+    config(
+        "a new token",
+        "names token 32, but the base model has a vocabulary of 32 tokens",
+        "add tokens",
+        trainable_token_indices=[31, 32],
+    ),
+    config("a negative token", "names token -1", "32", trainable_token_indices=[-1]),
+    config(
+        "rows of a layer",
+        "trainable_token_indices names 'v_proj', which is not supported",
+        trainable_token_indices={"v_proj": [1]},
+    ),
     unsupported("target_parameters", ["mlp.experts.gate_up_proj"]),
     unsupported("layer_replication", [[0, 2], [1, 2]]),
-    unsupported("trainable_token_indices", [1, 2]),
     unsupported("alora_invocation_tokens", [1, 2]),
     unsupported("megatron_config", {"a": 1}),
     unsupported("use_qalora", True),
@@ -241,18 +265,11 @@ CONFIGS = [
 
 P = "base_model.model."
 NO_MODEL = dict.fromkeys((f"{P}layers.0.mlp.up_proj.lora_{side}.weight" for side in "AB"), zeros(4, 16))
-HEAD = dict.fromkeys((f"{P}lm_head.lora_{side}.weight" for side in "AB"), zeros(4, 16))
-EMBED = f"{P}model.embed_tokens"
-
 COVERAGE = [
     tensors("no model in the path", NO_MODEL, "2 of 10 tensors fit no module", "base_model.model.layers.0"),
     tensors("names the base's modules", NO_MODEL, "the base model has model.layers.{0..1}.self_attn.q_proj"),
     tensors("a layer too many", {KEY_A.replace(".0.", ".2."): zeros(4, 16)}, "1 of 9", "model.layers.2.self"),
-    tensors("DoRA's tensor", {f"{P}{Q0}.lora_magnitude_vector": zeros(16)}, "lora_magnitude_vector", "DoRA"),
     tensors("a bias", {KEY_B.replace("weight", "bias"): zeros(16)}, "lora_B.bias", "lora_bias"),
-    tensors("an embedding", {f"{EMBED}.lora_embedding_A": zeros(4, 9)}, "embeddings"),
-    tensors("full weights", {f"{EMBED}.weight": zeros(9, 16)}, "save_embedding_layers"),
-    tensors("the head", HEAD, "output head"),
     tensors("another name", {KEY_A.replace("weight", "other.weight"): zeros(4, 16)}, "other.weight"),
     tensors("a weight twice", {KEY_A.removeprefix(P): zeros(4, 16)}, "same weight", KEY_A),
     tensors("no B", {KEY_B: None}, "missing", f"{Q0}.lora_B"),

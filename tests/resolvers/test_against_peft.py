@@ -15,15 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
 
 from loramux.engine.errors import AdapterIncompatible
 from loramux.engine.types import LoraSite
 from loramux.resolvers.inspect import inspect_adapter
-from loramux.resolvers.module_patterns import by_pattern, selected_modules
+from loramux.resolvers.module_patterns import by_pattern
 from loramux.resolvers.peft_config import HANDLED, HARMLESS, UNSUPPORTED, parse_config
+from loramux.resolvers.selection import select
 from tests.adapter_files import llama_sites, peft_config
 
-SITES = llama_sites(num_layers=12)
+SITES = llama_sites(num_layers=12, vocabulary=64)
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -62,11 +64,16 @@ def load_base(folder: Path) -> Any:
 
 
 def sites_of(model: Any) -> dict[str, LoraSite]:
-    return {
+    vocabulary, features = model.get_input_embeddings().weight.shape
+    is_tied = model.config.tie_word_embeddings
+    layers = {
         name: LoraSite(module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
+    embedding = LoraSite(vocabulary, features, "embedding")
+    head = LoraSite(features, vocabulary, "head", is_tied)
+    return {"model.embed_tokens": embedding, **layers, "lm_head": head}
 
 
 @pytest.mark.parametrize(
@@ -117,19 +124,18 @@ def test_ranks_and_scales_are_those_of_peft(
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm'"),
+        ({"modules_to_save": ["lm_head", "input_layernorm"]}, "modules_to_save names 'input_layernorm'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "output head"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
+        ({"use_dora": True, "layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
     ],
     ids=str,
 )
-def test_what_peft_saves_beyond_plain_lora_is_refused(
+def test_what_cannot_be_served_is_refused_as_peft_saves_it(
     config: dict[str, Any], says: str, base_folder: Path, tmp_path: Path
 ) -> None:
     base = load_base(base_folder)
@@ -143,6 +149,47 @@ def test_what_peft_saves_beyond_plain_lora_is_refused(
         inspect_adapter(tmp_path, sites, max_lora_rank=64)
 
 
+TABLE_CONFIGS: list[dict[str, Any]] = [
+    {"use_dora": True, "target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_rslora": True},
+    {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    {"target_modules": r".*\.(q_proj|embed_tokens)", "ensure_weight_tying": True},
+    {"target_modules": r".*(q_proj|embed_tokens)", "ensure_weight_tying": True},
+    {"target_modules": r".*(q_proj|lm_head)", "ensure_weight_tying": True},
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj", "embed_tokens"]},
+    {"trainable_token_indices": [3, 1]},
+    {"trainable_token_indices": [3, 1], "ensure_weight_tying": True},
+    {"trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [3, 1]}},
+    {"trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [1, 3]}},
+    {"trainable_token_indices": {"lm_head": [3]}},
+    {"trainable_token_indices": [5], "target_modules": ["q_proj", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", TABLE_CONFIGS, ids=str)
+def test_what_peft_saves_of_tables_is_accounted_for_to_the_last_tensor(
+    config: dict[str, Any], is_tied: bool, base_folder: Path, tmp_path: Path
+) -> None:
+    shape = transformers.AutoConfig.from_pretrained(base_folder, tie_word_embeddings=is_tied)
+    base = transformers.AutoModelForCausalLM.from_config(shape)
+    sites = sites_of(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["q_proj"], **config}))
+        model.save_pretrained(tmp_path)
+
+    spec = inspect_adapter(tmp_path, sites, max_lora_rank=64)
+
+    stored = set(load_file(tmp_path / "adapter_model.safetensors"))
+    used = {module.a.key for module in spec.modules} | {module.b.key for module in spec.modules}
+    used |= {module.magnitude.key for module in spec.modules if module.magnitude}
+    used |= {table.tensor.key for table in spec.tables}
+    assert used == stored
+
+
 NAMES = st.sampled_from(
     [
         "q_proj",
@@ -153,6 +200,7 @@ NAMES = st.sampled_from(
         "model.layers.1.self_attn.k_proj",
         "model.layers.10.mlp.down_proj",
         "lm_head",
+        "embed_tokens",
         "",
     ]
 )
@@ -164,19 +212,21 @@ NAMES = st.sampled_from(
     exclude=st.none() | st.lists(NAMES, max_size=2),
     layers=st.none() | st.integers(0, 12) | st.lists(st.integers(0, 12), max_size=3),
     pattern=st.none() | st.sampled_from(["layers", "lay.rs", "h", "model"]) | st.just(["h", "layers"]),
+    saved=st.none() | st.lists(st.sampled_from(["lm_head", "embed_tokens", "model.embed_tokens"])),
 )
 def test_modules_are_chosen_as_peft_chooses_them(
-    target: Any, exclude: Any, layers: Any, pattern: Any
+    target: Any, exclude: Any, layers: Any, pattern: Any, saved: Any
 ) -> None:
     fields: dict[str, Any] = {
         "target_modules": target,
         "exclude_modules": exclude,
         "layers_to_transform": layers,
         "layers_pattern": pattern if layers not in (None, []) else None,
+        "modules_to_save": saved,
     }
     theirs = peft.LoraConfig(**fields)
 
-    ours = selected_modules(parse_config(peft_config(**fields)), SITES)
+    ours = set(select(parse_config(peft_config(**fields)), SITES).lora)
 
     results = {name: check_target_module_exists(theirs, name) for name in SITES}
     assert ours == {

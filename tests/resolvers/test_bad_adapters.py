@@ -23,16 +23,17 @@ from tests.adapter_files import (
     write_folder,
 )
 from tests.resolvers.bad_adapters import ALL, GOOD, MODULES, SITES, Bad
+from tests.resolvers.bad_tables import TABLES
 
 
-@pytest.mark.parametrize("bad", ALL, ids=[bad.name for bad in ALL])
+@pytest.mark.parametrize("bad", [*ALL, *TABLES], ids=lambda bad: bad.name)
 def test_a_bad_adapter_gets_one_error_that_says_what_is_wrong(bad: Bad, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     bad.make(folder)
 
     with pytest.raises(AdapterError) as caught:
-        inspect_adapter(folder, SITES, max_lora_rank=64)
+        inspect_adapter(folder, bad.sites, max_lora_rank=64)
 
     assert type(caught.value) is bad.error
     assert caught.value.param
@@ -77,7 +78,17 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = st.sampled_from(
-    [*peft_config(), "use_rslora", "layers_to_transform", "use_dora", "rank_pattern", "alpha_pattern"]
+    [
+        *peft_config(),
+        "use_rslora",
+        "layers_to_transform",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+    ]
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from loramux.engine.types import AdapterSpec, LoraSite
+from loramux.engine.types import AdapterSpec, LoraSite, TensorRef
 from loramux.resolvers.inspect import inspect_adapter
 from tests.adapter_files import (
     INDEX_FILE,
@@ -54,9 +54,10 @@ def test_the_spec_says_all_the_engine_needs(tmp_path: Path) -> None:
     assert spec.nbytes == 2 * 4 * 4 * (16 + 16 + 16 + 8)
     assert modules_of(spec) == {module: (4, 2.0) for module in (Q0, V0, Q1, V1)}
     first = spec.modules[0]
-    assert first.key_a == f"base_model.model.{Q0}.lora_A.weight"
-    assert first.key_b == f"base_model.model.{Q0}.lora_B.weight"
-    assert first.file == WEIGHTS_FILE
+    assert first.a == TensorRef(f"base_model.model.{Q0}.lora_A.weight", WEIGHTS_FILE)
+    assert first.b == TensorRef(f"base_model.model.{Q0}.lora_B.weight", WEIGHTS_FILE)
+    assert first.magnitude is None
+    assert spec.tables == []
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=AdapterSpec) == spec
 
 
@@ -137,8 +138,8 @@ def test_the_config_selects_the_modules(tmp_path: Path, config: dict[str, Any], 
     assert [module.module for module in spec.modules] == [site for site in SITES if site in modules]
 
 
-def test_all_linear_spares_the_output_head(tmp_path: Path) -> None:
-    sites = {**SITES, "lm_head": LoraSite(16, 99)}
+def test_all_linear_spares_embedding_and_head(tmp_path: Path) -> None:
+    sites = llama_sites(vocabulary=99)
 
     spec = inspect(
         write_folder(tmp_path, peft_config(target_modules="all-linear"), random_tensors(SITES)), sites
@@ -163,6 +164,8 @@ def test_opt_layers_are_counted_below_the_decoder(tmp_path: Path) -> None:
     + [
         {"eva_config": {"rho": 1.0}, "loftq_config": {}, "lora_dropout": 0.1, "runtime_config": {}},
         {"use_dora": False, "modules_to_save": [], "layer_replication": None, "megatron_config": {}},
+        {"trainable_token_indices": [], "ensure_weight_tying": True, "modules_to_tie": None},
+        {"unsloth_fixed": True, "auto_mapping": {"base_model_class": "LlamaForCausalLM"}},
         {"a_field_of_the_future": False, "another": None, "a third": []},
         {"bias": None, "rank_pattern": None, "alpha_pattern": None, "exclude_modules": None},
         {"base_model_name_or_path": None},
@@ -188,7 +191,7 @@ def test_other_spellings_of_a_key_are_the_same_adapter(tmp_path: Path, rename: A
     other = inspect(write_folder(tmp_path / "other", peft_config(), renamed))
 
     assert other.digest == plain.digest
-    assert {other.modules[0].key_a, other.modules[0].key_b} <= set(renamed)
+    assert {other.modules[0].a.key, other.modules[0].b.key} <= set(renamed)
 
 
 def write_shards(folder: Path, tensors: Tensors, num_shards: int) -> Path:
@@ -215,7 +218,7 @@ def test_sharding_folder_order_and_padding_do_not_change_the_digest(tmp_path: Pa
     shards = inspect(write_shards(tmp_path / "shards", tensors, num_shards=2))
 
     assert one.digest == two.digest == shards.digest
-    assert len({module.file for module in shards.modules}) == 2
+    assert len({module.a.file for module in shards.modules}) == 2
 
 
 def test_equal_effect_has_one_digest_however_the_config_says_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ was tried in lanes, when some were free), an unload when the last sequence is go
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -40,18 +40,21 @@ class AdapterResidency:
         *,
         read: Callable[[AdapterSpec], HostAdapter],
         fill: Callable[[HostAdapter, LaneSpan], None],
+        keep_tables: Callable[[Set[str]], None],
         forget_kv: Callable[[str], int],
         fail_waiting: Callable[[str, LoramuxError], None],
     ) -> None:
         """Args:
         read: files → host weights; called in the loader's thread.
         fill: host weights → lanes; called in the loader's thread.
+        keep_tables: free what adapters other than these hold on the device beside their lanes.
         forget_kv: drop an adapter's cached KV, returns the number of blocks.
         fail_waiting: end the waiting sequences of an adapter that cannot be had.
         """
         self.store = store
         self._read = read
         self._fill = fill
+        self._keep_tables = keep_tables
         self._forget_kv = forget_kv
         self._fail_waiting = fail_waiting
         self._known: dict[str, _Known] = {}
@@ -91,7 +94,8 @@ class AdapterResidency:
             host = self._known[digest].host
             assert host is not None
             self.loader.submit(JobKind.COPY, digest, partial(self._copy, host, span))
-        self._drop()
+        if self._drop() or jobs.copies:  # somebody may have lost its lanes
+            self._keep_tables(set(self.store.lanes.residents))
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until the loader has finished something."""
@@ -104,11 +108,11 @@ class AdapterResidency:
     def _finish(self, finished: Finished) -> None:
         digest, result = finished.digest, finished.result
         known = self._known[digest]
+        if isinstance(result, LoramuxError):
+            self._fail(finished.kind, digest, known, result)
+            return
         if finished.kind is JobKind.COPY:
             self.store.device_ready(digest)
-        elif isinstance(result, LoramuxError):
-            self._fail(digest, known, result)
-            return
         else:
             known.host = result
             self.store.host_ready(digest, result.nbytes)
@@ -130,9 +134,12 @@ class AdapterResidency:
             for on_loaded in waiting:
                 on_loaded(None)
 
-    def _fail(self, digest: str, known: _Known, error: LoramuxError) -> None:
-        """A read failed: a first load is undone, a return from disk fails those who wait for it."""
-        self.store.read_failed(digest)
+    def _fail(self, kind: JobKind, digest: str, known: _Known, error: LoramuxError) -> None:
+        """A first load that failed is undone, a return from below fails those who wait for it."""
+        if kind is JobKind.READ:
+            self.store.read_failed(digest)
+        else:
+            self.store.copy_failed(digest)
         self._fail_waiting(digest, error)
         waiting, known.on_loaded = known.on_loaded, []
         if not known.was_loaded and self.store.is_known(digest):
@@ -140,7 +147,8 @@ class AdapterResidency:
         for on_loaded in waiting:
             on_loaded(error)
 
-    def _drop(self) -> None:
+    def _drop(self) -> bool:
+        """True if an adapter is gone."""
         dropped = self.store.take_dropped()
         for digest in dropped.from_host:
             known = self._known[digest]
@@ -156,3 +164,4 @@ class AdapterResidency:
             )
             for on_gone in known.on_gone:
                 on_gone(freed)
+        return bool(dropped.gone)

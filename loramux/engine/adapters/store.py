@@ -5,9 +5,10 @@ Three tiers, each a cache of the one below:
     known (spec: where the files are)  →  host (weights in memory)  →  device (weights in lanes)
 
 Moving up takes time, so it is a job for the loader: `take_jobs` hands out reads (disk → host) and
-copies (host → lanes), and the loader's end comes back through `host_ready`, `device_ready` or
-`read_failed`. Moving down is forgetting: least recently used first, never what a sequence leases,
-what is pinned, or what a copy is reading; `take_dropped` says whose host weights are to be freed.
+copies (host → lanes), and the loader's end comes back through `host_ready`, `device_ready`,
+`read_failed` or `copy_failed`. Moving down is forgetting: least recently used first, never what a
+sequence leases, what is pinned, or what a copy is reading; `take_dropped` says whose host weights are
+to be freed.
 
 A sequence leases its adapter from its arrival in the engine to its end, and pins its lanes while it
 runs. `retire` forgets an adapter: at once when nobody leases it, otherwise with the last lease.
@@ -193,6 +194,14 @@ class AdapterStore:
         entry = self._entries[digest]
         entry.copying = False
         self.lanes.unpin(digest)
+        self._forget_if_unused(digest, entry)
+
+    def copy_failed(self, digest: str) -> None:
+        """Its lanes could not be filled; it gives them back."""
+        entry = self._entries[digest]
+        entry.copying = False
+        self.lanes.unpin(digest)
+        self.lanes.remove(digest)
         self._forget_if_unused(digest, entry)
 
     def check_invariants(self) -> None:

@@ -1,25 +1,34 @@
 """An adapter's tensors on the host, and the pool of lanes that they are copied into.
 
 Host form: A as stored, [rank, in_features]; B transposed, [rank, out_features], already multiplied
-by the module's scale, so that a lane is one row of each and kernels never see a scale.
+by the module's scale (with DoRA, also by its gain), so that a lane is one row of each and kernels never
+see a scale. What an adapter changes beyond linear layers is in its `AdapterTables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loramux.engine.adapters.files import AdapterFiles, check_finite
 from loramux.engine.adapters.lanes import LaneSpan
-from loramux.engine.errors import AdapterIncompatible, AdapterNotFound
+from loramux.engine.adapters.tables import (
+    check_copies,
+    column_norms,
+    gains_by_site,
+    read_rows,
+    row_norms,
+    table_changes,
+    table_weight,
+)
 from loramux.engine.kernels.lora import SiteLanes
-from loramux.engine.models.families import ModelConfig
-from loramux.engine.types import AdapterSpec, LoraModule
+from loramux.engine.kernels.tables import AdapterTables, TableChange
+from loramux.engine.models.families import HEAD_MODULE, ModelConfig
+from loramux.engine.models.weights import BaseWeights, Checkpoint
+from loramux.engine.types import AdapterSpec, LoraModule, LoraSite
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +45,13 @@ class HostAdapter:
 
     digest: str
     rank: int
-    modules: dict[str, ModuleWeights]
+    modules: dict[str, ModuleWeights]  # of the layers
+    tables: AdapterTables = field(default_factory=AdapterTables)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
+        return self.tables.nbytes + sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
 
 
 class LanePool:
@@ -56,12 +66,13 @@ class LanePool:
         if num_lanes == 0:
             return
         for layer in range(config.num_layers):
-            for site in config.sites:
+            for index, site in enumerate(config.sites):
                 widths = [part.out_features for part in site.parts]
                 self._sites[layer, site.name] = SiteLanes(
                     a=torch.zeros((num_lanes, len(widths), site.in_features), dtype=dtype, device=device),
                     b=[torch.zeros((num_lanes, width), dtype=dtype, device=device) for width in widths],
                     offsets=[sum(widths[:i]) for i in range(len(widths) + 1)],
+                    index=layer * len(config.sites) + index,
                 )
 
     @property
@@ -92,61 +103,94 @@ class LanePool:
                     b[rank:].zero_()
 
 
-def read_adapter(spec: AdapterSpec, config: ModelConfig, dtype: torch.dtype) -> HostAdapter:
+def read_adapter(
+    spec: AdapterSpec, config: ModelConfig, dtype: torch.dtype, base: BaseWeights
+) -> HostAdapter:
     """Read an inspected adapter into host memory, in the dtype of the lanes.
 
     Raises:
         AdapterNotFound: a file is gone since the inspection.
-        AdapterIncompatible: a file changed since the inspection, or holds a number that is not
-            finite (which would reach other adapters' rows through a masked product).
+        AdapterIncompatible: a file changed since the inspection, holds a number that is not finite, or
+            the base model's files, which DoRA needs, are not those it was read from.
     """
-    _check_unchanged(spec)
-    sites = config.lora_sites()
-    modules: dict[str, ModuleWeights] = {}
-    for module, a, b in _tensors(spec):
-        site = sites.get(module.module)
-        expected = site and ((module.rank, site.in_features), (site.out_features, module.rank))
-        if expected != (tuple(a.shape), tuple(b.shape)):
-            raise AdapterIncompatible(
-                f"tensors of {module.module} in {Path(spec.path).name} have shapes {list(a.shape)} and "
-                f"{list(b.shape)}, which is not what its inspection saw"
-            )
-        weights = ModuleWeights(
-            a.to(dtype).contiguous(), (b.float() * module.scale).t().contiguous().to(dtype)
-        )
-        for key, tensor in ((module.key_a, weights.a), (module.key_b, weights.b)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterIncompatible(
-                    f"tensor {key} of the adapter holds numbers that are not finite in {dtype}"
-                )
-        modules[module.module] = weights
-    _check_unchanged(spec)  # again: it may have been rewritten while it was read
-    return HostAdapter(spec.digest, spec.rank, modules)
+    needs_base = any(module.magnitude for module in spec.modules) or any(
+        table.kind == "copy" for table in spec.tables
+    )
+    with AdapterFiles(spec) as files, base.open() if needs_base else nullcontext() as checkpoint:
+        return _Reader(spec, config, dtype, files, checkpoint).read()
 
 
-def _check_unchanged(spec: AdapterSpec) -> None:
-    """The digest was computed over these files; other bytes under it would be the wrong weights."""
-    for file in spec.files:
-        try:
-            status = (Path(spec.path) / file.name).stat()
-        except OSError:
-            raise AdapterNotFound(f"No adapter found for {spec.path}: its files are gone") from None
-        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise AdapterIncompatible(
-                f"{file.name} of the adapter changed while it was being loaded; load it again"
-            )
+class _Reader:
+    """Reads one adapter; `checkpoint` is there if anything of the adapter needs the base weights."""
 
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        files: AdapterFiles,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._spec = spec
+        self._config = config
+        self._dtype = dtype
+        self._files = files
+        self._checkpoint = checkpoint
+        self._sites = config.lora_sites()
+        self._rows = read_rows(spec.tables, files, config.embed_dim)
 
-def _tensors(spec: AdapterSpec) -> Iterator[tuple[LoraModule, Tensor, Tensor]]:
-    folder = Path(spec.path)
-    handles: dict[str, Any] = {}
-    try:
+    def read(self) -> HostAdapter:
+        spec, config = self._spec, self._config
+        modules: dict[str, ModuleWeights] = {}
+        tables: dict[str, TableChange] = {}
+        gains: dict[str, Tensor] = {}
         for module in spec.modules:
-            if module.file not in handles:
-                handles[module.file] = safe_open(folder / module.file, framework="pt")
-            handle = handles[module.file]
-            yield module, handle.get_tensor(module.key_a), handle.get_tensor(module.key_b)
-    except FileNotFoundError:
-        raise AdapterNotFound(f"No adapter found for {spec.path}: its files are gone") from None
-    except (SafetensorError, OSError) as error:
-        raise AdapterIncompatible(f"the adapter's weights cannot be read: {error}") from None
+            weights, gain = self._module(module)
+            if self._sites[module.module].is_table:
+                tables[module.module] = self._as_table(module.module, weights, gain)
+            else:
+                modules[module.module] = weights
+                if gain is not None:
+                    gains[module.module] = gain
+        site_gains = {}
+        if self._checkpoint is not None:
+            check_copies(spec.tables, self._files, self._sites, config, self._checkpoint)
+            site_gains = gains_by_site(gains, config, self._checkpoint, self._dtype)
+        changes = table_changes(
+            spec.tables, self._files, self._sites, rows=self._rows, lora=tables, dtype=self._dtype
+        )
+        own = AdapterTables(site_gains, changes.get(config.embedding_module), changes.get(HEAD_MODULE))
+        return HostAdapter(spec.digest, spec.rank, modules, own)
+
+    def _module(self, module: LoraModule) -> tuple[ModuleWeights, Tensor | None]:
+        """A and B in host form, and DoRA's gain in float32."""
+        site = self._sites[module.module]
+        stored_a = self._files.get(module.a, (module.rank, site.in_features))
+        b = self._files.get(module.b, (site.out_features, module.rank)).float() * module.scale
+        gain = None
+        if module.magnitude is not None:
+            gain = self._gain(module, site, stored_a.float(), b)
+            b *= gain[:, None]
+        a = check_finite(stored_a.to(self._dtype, copy=True), f"tensor {module.a.key}")
+        b = check_finite(b.t().contiguous().to(self._dtype), f"tensor {module.b.key}")
+        return ModuleWeights(a, b), gain
+
+    def _gain(self, module: LoraModule, site: LoraSite, a: Tensor, b: Tensor) -> Tensor:
+        assert self._checkpoint is not None
+        assert module.magnitude is not None
+        magnitude = self._files.get(module.magnitude, (site.out_features,)).float()
+        if site.is_table:
+            name = table_weight(module.module, self._config, self._checkpoint)
+            weight = self._checkpoint.take(name, site.table_shape)
+            if (rows := self._rows.get(module.module)) is not None:
+                weight = weight.index_copy(0, rows.token_ids, rows.rows.to(weight.dtype))
+        else:
+            shape = (site.out_features, site.in_features)
+            weight = self._checkpoint.take(f"{module.module}.weight", shape)
+        norms = column_norms(weight, a, b) if site.kind == "embedding" else row_norms(weight, a, b)
+        return check_finite(magnitude / norms, f"DoRA's gain of {module.module}")
+
+    def _as_table(self, module: str, weights: ModuleWeights, gain: Tensor | None) -> TableChange:
+        is_embedding = self._sites[module].kind == "embedding"
+        a = weights.a.t().contiguous() if is_embedding else weights.a  # an embedding is looked up by row
+        return TableChange(gain=None if gain is None else gain.to(self._dtype), a=a, b=weights.b)

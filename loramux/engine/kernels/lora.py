@@ -6,6 +6,10 @@ The pool of a site holds one A row a lane and part (a fused site such as qkv has
 share their input) and one B row a lane and part; alpha / rank is already folded into B. A token's
 adapter owns consecutive lanes [first, first + rank); base tokens own none.
 
+DoRA scales the whole output of a layer: y = bias + g * (W x + scale * B A x), with one g a feature,
+fixed when the adapter is loaded. Its lanes hold B with g folded in, too, so that before the lanes are
+added only the base output of these tokens has to be scaled (`OutputGain`).
+
 Two regimes, chosen by `plan_lora` from the number of tokens:
 
 - few tokens (decode): one shrink over the pool's prefix that is in use, a mask that keeps each
@@ -19,6 +23,7 @@ hold finite numbers only (checked at load), so a masked lane contributes exactly
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +39,7 @@ class SiteLanes:
     a: Tensor  # [num_lanes, num_parts, in_features]
     b: list[Tensor]  # one a part: [num_lanes, out_features of the part]
     offsets: list[int]  # where each part starts in the fused output; one more for the end
+    index: int = 0  # among all sites of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,34 +63,67 @@ class MaskedRange:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputGain:
+    """What one DoRA adapter does to the base output of a site; 1 and 0 on parts that it leaves alone."""
+
+    gain: Tensor  # [out_features of the fused site]
+    offset: Tensor | None  # [out_features], (1 - gain) * bias; None without a bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.gain.nbytes + (0 if self.offset is None else self.offset.nbytes)
+
+    def to(self, device: torch.device) -> OutputGain:
+        """On another device; the same tensors if they are there already."""
+        return OutputGain(self.gain.to(device), None if self.offset is None else self.offset.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class GainSegment:
+    """Consecutive tokens of one DoRA adapter."""
+
+    begin: int
+    end: int
+    gains: Mapping[int, OutputGain]  # by index of the site
+
+
+@dataclass(frozen=True, slots=True)
 class LoraInput:
     """A step's LoRA work; the same at every site."""
 
     masked: MaskedRange | None
     segments: list[Segment]
+    gains: Sequence[GainSegment] = ()
 
 
 def plan_lora(
-    segments: list[Segment], num_decode_tokens: int, *, dtype: torch.dtype, device: torch.device
+    segments: list[Segment],
+    num_decode_tokens: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    gains: Sequence[GainSegment] = (),
 ) -> LoraInput | None:
     """Choose the regime of each token range; None when no token has an adapter.
 
     Args:
         segments: maximal runs of one adapter in token order, base tokens left out; a run never
             crosses `num_decode_tokens`, and decode tokens come first.
+        gains: the tokens of DoRA adapters, which have segments, too.
     """
     if not segments:
         return None
     decode = [s for s in segments if s.end <= num_decode_tokens]
     prompts = [s for s in segments if s.end > num_decode_tokens]
     if len(decode) <= 1 or decode[-1].end - decode[0].begin > MASKED_MAX_TOKENS * len(decode):
-        return LoraInput(None, segments)
+        return LoraInput(None, segments, gains)
     begin, end = decode[0].begin, decode[-1].end
     num_lanes = max(s.first_lane + s.rank for s in decode)
     mask = torch.zeros((end - begin, num_lanes, 1), dtype=dtype)
     for s in decode:
         mask[s.begin - begin : s.end - begin, s.first_lane : s.first_lane + s.rank] = 1
-    return LoraInput(MaskedRange(begin, end, num_lanes, mask.to(device)), prompts)
+    return LoraInput(MaskedRange(begin, end, num_lanes, mask.to(device)), prompts, gains)
 
 
 def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None:
@@ -94,6 +133,9 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
         out: [num_tokens, sum of the parts' out_features], the base output
         x: [num_tokens, in_features], the site's input
     """
+    for g in plan.gains:
+        if (own := g.gains.get(site.index)) is not None:
+            _scale(out[g.begin : g.end], own)
     if plan.masked is not None:
         r = plan.masked
         shrunk = _shrink(x[r.begin : r.end], site.a[: r.num_lanes]).mul_(r.mask)
@@ -101,6 +143,13 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
     for s in plan.segments:
         lanes = slice(s.first_lane, s.first_lane + s.rank)
         _expand(out[s.begin : s.end], _shrink(x[s.begin : s.end], site.a[lanes]), site, lanes)
+
+
+def _scale(out: Tensor, own: OutputGain) -> None:
+    if own.offset is None:
+        out.mul_(own.gain)
+    else:
+        torch.addcmul(own.offset, out, own.gain, out=out)
 
 
 def _shrink(x: Tensor, a: Tensor) -> Tensor:

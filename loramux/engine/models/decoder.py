@@ -18,12 +18,13 @@ from torch.nn import functional
 
 from loramux.engine.adapters.weights import LanePool
 from loramux.engine.kernels.attention import KVCache, paged_attention, write_kv
+from loramux.engine.kernels.tables import TableSegment, change_embedding, change_logits
 from loramux.engine.layers.linear import Linear, LoraLinear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
 from loramux.engine.layers.rotary import Rotary, rotate
 from loramux.engine.model_input import ModelInput
-from loramux.engine.models.families import ModelConfig, Site
-from loramux.engine.models.weights import Checkpoint
+from loramux.engine.models.families import HEAD_MODULE, ModelConfig, Site
+from loramux.engine.models.weights import Checkpoint, head_weight
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -68,7 +69,7 @@ class Decoder:
         self.config = config
         self._load = _WeightLoader(config, checkpoint)
         embed = (config.vocab_size, config.embed_dim)
-        self._embedding = checkpoint.take(f"{config.root}.embed_tokens.weight", embed)
+        self._embedding = checkpoint.take(f"{config.embedding_module}.weight", embed)
         self._project_in, self._project_out = self._load.projections()
         self._rotary: Rotary | None = None
         self._positions: Tensor | None = None
@@ -83,10 +84,10 @@ class Decoder:
             self._layers.append(self._load.layer(index, lanes))
             on_layer()
         self._norm = self._load.norm(f"{config.root}.{config.norm_names[2]}") if config.final_norm else None
-        tied = config.tie_embeddings or "lm_head.weight" not in checkpoint
-        head = self._embedding if tied else checkpoint.take("lm_head.weight", embed)
-        self._lm_head = Linear(head)
-        checkpoint.check_all_used(may_remain=("lm_head.weight",))
+        name = head_weight(config, checkpoint)
+        is_tied = name != f"{HEAD_MODULE}.weight"
+        self._lm_head = Linear(self._embedding if is_tied else checkpoint.take(name, embed))
+        checkpoint.check_all_used(may_remain=(f"{HEAD_MODULE}.weight",))
         self._activation = _ACTIVATIONS[config.activation]
 
     @property
@@ -109,12 +110,15 @@ class Decoder:
             x = self._norm(x)
         return self._project_out(x) if self._project_out is not None else x
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, tables: list[TableSegment]) -> Tensor:
         """[num_rows, embed_dim] → [num_rows, vocab_size] in the model's dtype."""
-        return self._lm_head(hidden)
+        logits = self._lm_head(hidden)
+        change_logits(logits, hidden, tables)
+        return logits
 
     def _embed(self, batch: ModelInput) -> Tensor:
         x = functional.embedding(batch.token_ids, self._embedding)
+        change_embedding(x, batch.token_ids, batch.tables)
         if self._project_in is not None:
             x = self._project_in(x)
         if self._positions is not None:

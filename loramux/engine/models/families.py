@@ -17,6 +17,7 @@ from loramux.engine.errors import UnsupportedModel
 from loramux.engine.types import LoraSite
 
 JsonObject = dict[str, Any]
+HEAD_MODULE: Final = "lm_head"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +105,21 @@ class ModelConfig:
         return f"{self.root}.layers.{layer}."
 
     def lora_sites(self) -> dict[str, LoraSite]:
-        """Every linear layer that an adapter may target, by its path in the checkpoint."""
-        return {
+        """Every module that an adapter may change, by its path in the checkpoint."""
+        layers = {
             self.layer_prefix(layer) + part.module: LoraSite(site.in_features, part.out_features)
             for layer in range(self.num_layers)
             for site in self.sites
             for part in site.parts
         }
+        embedding = LoraSite(self.vocab_size, self.embed_dim, "embedding")
+        head = LoraSite(self.embed_dim, self.vocab_size, "head", self.tie_embeddings)
+        return {self.embedding_module: embedding, **layers, HEAD_MODULE: head}
+
+    @property
+    def embedding_module(self) -> str:
+        """Path of the token embedding."""
+        return f"{self.root}.embed_tokens"
 
 
 def load_model_config(folder: Path) -> ModelConfig:

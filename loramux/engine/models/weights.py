@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -13,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loramux.engine.errors import UnsupportedModel
+from loramux.engine.errors import AdapterIncompatible, UnsupportedModel
+from loramux.engine.models.families import HEAD_MODULE, ModelConfig
 
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
@@ -52,8 +54,8 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self._where)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor in the model's dtype on its device.
+    def take(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the model's device, in the model's dtype unless another one is wanted.
 
         Raises:
             UnsupportedModel: it is missing, or its shape is not what config.json implies.
@@ -68,7 +70,7 @@ class Checkpoint:
                 param="model",
             )
         self._used.add(stored)
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, dtype or self._dtype)
 
     def check_all_used(self, *, may_remain: tuple[str, ...]) -> None:
         """Refuse a checkpoint with tensors that the model has no place for."""
@@ -87,6 +89,50 @@ class Checkpoint:
             if candidate in self._where:
                 return candidate
         return None
+
+
+def head_weight(config: ModelConfig, checkpoint: Checkpoint) -> str:
+    """Name of the tensor that the output head uses: its own, or the embedding's where they are tied."""
+    name = f"{HEAD_MODULE}.weight"
+    is_tied = config.tie_embeddings or name not in checkpoint
+    return f"{config.embedding_module}.weight" if is_tied else name
+
+
+class BaseWeights:
+    """The base model's tensors as they lie on disk, for adapters whose arithmetic needs them.
+
+    The device may hold them in an order that cannot be read back, and a second copy in memory would
+    cost as much as the model; so they are read again, through the page cache, when such an adapter is
+    loaded.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        """Remember what the files look like now, when the model is read from them."""
+        self._folder = folder
+        self._dtype = dtype
+        self._seen = self._look()
+
+    @contextmanager
+    def open(self) -> Iterator[Checkpoint]:
+        """The checkpoint on the CPU, in the model's dtype.
+
+        Raises:
+            AdapterIncompatible: the files are not those that the model was read from.
+        """
+        if self._look() != self._seen:
+            raise AdapterIncompatible(
+                "the base model's files changed since the engine was started, and this adapter cannot be"
+                " loaded without them; restart the engine"
+            )
+        with Checkpoint(self._folder, dtype=self._dtype, device=torch.device("cpu")) as checkpoint:
+            yield checkpoint
+
+    def _look(self) -> list[tuple[Path, int, int]] | None:
+        try:
+            files = [(path, path.stat()) for path in _weight_files(self._folder)]
+        except (OSError, UnsupportedModel):
+            return None
+        return [(path, status.st_size, status.st_mtime_ns) for path, status in files]
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:

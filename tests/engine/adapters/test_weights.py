@@ -12,6 +12,7 @@ from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.weights import LanePool, read_adapter
 from loramux.engine.errors import AdapterIncompatible, AdapterNotFound
 from loramux.engine.models.families import ModelConfig, load_model_config
+from loramux.engine.models.weights import BaseWeights
 from loramux.engine.types import AdapterSpec
 from loramux.resolvers.inspect import inspect_adapter
 from tests.adapter_files import random_tensors, safetensors_bytes, write_adapter
@@ -21,10 +22,18 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    folder = tmp_path_factory.mktemp("model")
-    make_tiny("llama", folder)
-    return load_model_config(folder)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def config(model: Path) -> ModelConfig:
+    return load_model_config(model)
+
+
+@pytest.fixture(scope="module")
+def base(model: Path) -> BaseWeights:
+    return BaseWeights(model, torch.float32)
 
 
 @pytest.fixture
@@ -33,10 +42,12 @@ def spec(config: ModelConfig, tmp_path: Path) -> AdapterSpec:
     return inspect_adapter(tmp_path / "a", config.lora_sites(), max_lora_rank=64)
 
 
-def test_scale_is_folded_into_b_and_a_is_as_stored(config: ModelConfig, spec: AdapterSpec) -> None:
-    adapter = read_adapter(spec, config, torch.float32)
+def test_scale_is_folded_into_b_and_a_is_as_stored(
+    config: ModelConfig, base: BaseWeights, spec: AdapterSpec
+) -> None:
+    adapter = read_adapter(spec, config, torch.float32, base)
     twice = [msgspec.structs.replace(module, scale=2 * module.scale) for module in spec.modules]
-    doubled = read_adapter(msgspec.structs.replace(spec, modules=twice), config, torch.float32)
+    doubled = read_adapter(msgspec.structs.replace(spec, modules=twice), config, torch.float32, base)
 
     name = "model.layers.0.self_attn.q_proj"
     assert adapter.modules[name].a.shape == (4, config.hidden_size)
@@ -44,7 +55,9 @@ def test_scale_is_folded_into_b_and_a_is_as_stored(config: ModelConfig, spec: Ad
     torch.testing.assert_close(adapter.modules[name].b * 2, doubled.modules[name].b)
 
 
-def test_file_rewritten_after_the_inspection_is_refused(config: ModelConfig, spec: AdapterSpec) -> None:
+def test_file_rewritten_after_the_inspection_is_refused(
+    config: ModelConfig, base: BaseWeights, spec: AdapterSpec
+) -> None:
     file = Path(spec.path) / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -52,19 +65,36 @@ def test_file_rewritten_after_the_inspection_is_refused(config: ModelConfig, spe
     os.utime(file, ns=(0, 0))
 
     with pytest.raises(AdapterIncompatible, match="changed while it was being loaded"):
-        read_adapter(spec, config, torch.float32)
+        read_adapter(spec, config, torch.float32, base)
 
 
-def test_folder_gone_after_the_inspection_is_refused(config: ModelConfig, spec: AdapterSpec) -> None:
+def test_folder_gone_after_the_inspection_is_refused(
+    config: ModelConfig, base: BaseWeights, spec: AdapterSpec
+) -> None:
     (Path(spec.path) / "adapter_model.safetensors").unlink()
 
     with pytest.raises(AdapterNotFound, match="its files are gone"):
-        read_adapter(spec, config, torch.float32)
+        read_adapter(spec, config, torch.float32, base)
+
+
+def test_host_weights_do_not_follow_a_file_that_is_overwritten_later(
+    config: ModelConfig, base: BaseWeights, spec: AdapterSpec
+) -> None:
+    adapter = read_adapter(spec, config, torch.float32, base)
+    before = {name: (module.a.clone(), module.b.clone()) for name, module in adapter.modules.items()}
+    file = Path(spec.path) / "adapter_model.safetensors"
+
+    with file.open("r+b") as writer:  # in place: whoever maps the file sees the change
+        writer.write(bytes(file.stat().st_size))
+
+    for name, (a, b) in before.items():
+        assert torch.equal(adapter.modules[name].a, a)
+        assert torch.equal(adapter.modules[name].b, b)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
 def test_number_that_is_not_finite_in_the_lanes_dtype_is_refused(
-    config: ModelConfig, tmp_path: Path, value: float
+    config: ModelConfig, base: BaseWeights, tmp_path: Path, value: float
 ) -> None:
     sites = config.lora_sites()
     folder = tmp_path / "bad"
@@ -80,10 +110,12 @@ def test_number_that_is_not_finite_in_the_lanes_dtype_is_refused(
     spec = inspect_adapter(folder, sites, max_lora_rank=64)
 
     with pytest.raises(AdapterIncompatible, match="not finite"):
-        read_adapter(spec, config, torch.float16)
+        read_adapter(spec, config, torch.float16, base)
 
 
-def test_lanes_of_a_former_adapter_leave_no_trace(config: ModelConfig, spec: AdapterSpec) -> None:
+def test_lanes_of_a_former_adapter_leave_no_trace(
+    config: ModelConfig, base: BaseWeights, spec: AdapterSpec
+) -> None:
     device = torch.device("cpu")
     pool = LanePool(config, 16, dtype=torch.float32, device=device)
     fresh = LanePool(config, 16, dtype=torch.float32, device=device)
@@ -91,7 +123,7 @@ def test_lanes_of_a_former_adapter_leave_no_trace(config: ModelConfig, spec: Ada
     assert site is not None
     for tensor in (site.a, *site.b):
         tensor.fill_(7.0)
-    adapter = read_adapter(spec, config, torch.float32)
+    adapter = read_adapter(spec, config, torch.float32, base)
 
     pool.write(adapter, LaneSpan(8, 8, 4))
     fresh.write(adapter, LaneSpan(8, 8, 4))
