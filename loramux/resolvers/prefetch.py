@@ -1,4 +1,4 @@
-"""Fetch several adapters at once: what `loramux fetch` does, and a server with `--lora-modules` at its start."""
+"""Fetch several adapters at once: for `loramux fetch`, and for `--lora-modules` when a server starts."""
 
 from __future__ import annotations
 

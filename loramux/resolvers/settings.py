@@ -39,7 +39,7 @@ class SourceSettings:
     offline: bool = False  # True: open no socket
 
     max_adapter_bytes: int = 16 * _GIB  # of all files of one adapter; checked before a byte is read
-    max_store_bytes: int | None = None  # beyond it the least recently used folders go; None = no limit
+    max_store_bytes: int | None = 64 * _GIB  # beyond it the least recently used folders go; None = no limit
     min_free_bytes: int = 256 << 20  # what a download must leave free on the disk
     stall_timeout_s: float = 30.0  # a download without a byte for so long is cut and continued
     connect_timeout_s: float = 10.0
