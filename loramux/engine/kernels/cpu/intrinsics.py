@@ -1,0 +1,313 @@
+"""Inner loops of the CPU kernels, as functions that numba-compiled code can call.
+
+Addresses are plain integers (`Tensor.data_ptr()`), which keeps calls cheap; the callers own the memory
+and check the shapes. Counts are multiples of sixteen.
+
+What varies with the model is known when the code is made, through the *types* of arguments that are
+otherwise unused: the dtype through a scalar (`BFLOAT16`, `FLOAT32`), sizes through the length of a tuple
+(`units(n)`). So each signature is cached on disk under its own key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from loramux.engine.kernels.cpu.vector_ir import LANES, Builder, Value, Vectors
+
+BLOCK: Final = 16  # tokens of a KV block: one vector
+
+Dtype = np.uint16 | np.float32
+BFLOAT16: Final = np.uint16(0)  # uint16 holds bfloat16 bits
+FLOAT32: Final = np.float32(0)
+Size = tuple[int, ...]
+Address = int
+
+_I64: Final = ir.IntType(64)
+
+
+def units(count: int) -> Size:
+    """A size that the compiler shall know: its tuple type carries the length."""
+    return (0,) * count
+
+
+@intrinsic
+def item_size(typing: Any, dtype: Any) -> tuple[Any, Any]:
+    """Bytes of one element."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        return ir.Constant(_I64, dtype.bitwidth // 8)
+
+    return types.int64(dtype), codegen
+
+
+@intrinsic
+def attend_scores(
+    typing: Any, dtype: Any, group: Any, vectors: Any, q: Any, k: Any, scores: Any
+) -> tuple[Any, Any]:
+    """scores[g, t] = sum over d of q[d, g] * k[d, t], for one block of keys.
+
+    Args:
+        dtype: of k
+        group: query heads that share this KV head, as `units`
+        vectors: head_dim / 16, as `units`
+        q: address of [head_dim, group] float32, scale included
+        k: address of [head_dim, 16]
+        scores: address of [group, 16] float32, written
+    """
+    num_heads, head_dim = group.count, vectors.count * LANES
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        q_, k_, scores_ = args[3:]
+        sums = [[v.const(0.0)] * num_heads, [v.const(0.0)] * num_heads]  # two chains hide the latency
+        for d in range(head_dim):
+            keys = v.load(k_, v.i64(d * LANES), dtype)
+            for g in range(num_heads):
+                query = v.splat(v.load_scalar(q_, v.i64(d * num_heads + g)))
+                sums[d % 2][g] = v.fma(query, keys, sums[d % 2][g])
+        for g in range(num_heads):
+            v.store(scores_, v.i64(g * LANES), builder.fadd(sums[0][g], sums[1][g]), types.float32)
+        return context.get_dummy_value()
+
+    return types.void(dtype, group, vectors, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def attend_values(
+    typing: Any, dtype: Any, group: Any, vectors: Any, probs: Any, values: Any, out: Any
+) -> tuple[Any, Any]:
+    """out[g, d] += sum over t of probs[g, t] * values[t, d], for one block of values.
+
+    Args:
+        dtype, group, vectors: as in `attend_scores`
+        probs: address of [group, 16] float32
+        values: address of [16, head_dim]
+        out: address of [group, head_dim] float32
+    """
+    num_heads, head_dim = group.count, vectors.count * LANES
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        probs_, values_, out_ = args[3:]
+        for d in range(0, head_dim, LANES):
+            sums = [v.load(out_, v.i64(g * head_dim + d), types.float32) for g in range(num_heads)]
+            for t in range(BLOCK):
+                row = v.load(values_, v.i64(t * head_dim + d), dtype)
+                for g in range(num_heads):
+                    prob = v.splat(v.load_scalar(probs_, v.i64(g * BLOCK + t)))
+                    sums[g] = v.fma(prob, row, sums[g])
+            for g in range(num_heads):
+                v.store(out_, v.i64(g * head_dim + d), sums[g], types.float32)
+        return context.get_dummy_value()
+
+    return types.void(dtype, group, vectors, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def vector_max(typing: Any, x: Any) -> tuple[Any, Any]:
+    """The largest of sixteen floats at address x."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        return v.max(v.load(args[0], v.i64(0), types.float32))
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def exp_in_place(typing: Any, x: Any, offset: Any) -> tuple[Any, Any]:
+    """x = exp(x - offset) for sixteen floats at address x; returns their sum."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        value = v.exp(builder.fsub(v.load(args[0], v.i64(0), types.float32), v.splat(args[1])))
+        v.store(args[0], v.i64(0), value, types.float32)
+        return v.sum(value)
+
+    return types.float32(types.int64, types.float32), codegen
+
+
+@intrinsic
+def copy_row(
+    typing: Any, source: Any, target: Any, count: Any, src: Any, dst: Any, scale: Any
+) -> tuple[Any, Any]:
+    """dst[i] = src[i] * scale for i < count (a multiple of 16).
+
+    Args:
+        source, target: dtypes of src and dst
+        src, dst: addresses
+        scale: float32
+    """
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, _, count_, src_, dst_, scale_ = args
+        factor = v.splat(scale_)
+
+        def body(i: Value) -> None:
+            v.store(dst_, i, builder.fmul(v.load(src_, i, source), factor), target)
+
+        v.loop(count_, body)
+        return context.get_dummy_value()
+
+    return types.void(source, target, types.int64, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def sum_of_squares(typing: Any, dtype: Any, count: Any, x: Any, delta: Any) -> tuple[Any, Any]:
+    """Sum of x[i]² for i < count; x += delta first (rounded to the dtype) unless delta is 0.
+
+    Args:
+        x, delta: addresses of [count] of dtype
+    """
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, count_, x_, delta_ = args
+        total = v.accumulator()
+
+        def add(i: Value) -> None:
+            value = v.round(builder.fadd(v.load(x_, i, dtype), v.load(delta_, i, dtype)), dtype)
+            v.store(x_, i, value, dtype)
+            builder.store(v.fma(value, value, builder.load(total)), total)
+
+        def keep(i: Value) -> None:
+            value = v.load(x_, i, dtype)
+            builder.store(v.fma(value, value, builder.load(total)), total)
+
+        with builder.if_else(builder.icmp_signed("!=", delta_, v.i64(0))) as (then, otherwise):
+            with then:
+                v.loop(count_, add)
+            with otherwise:
+                v.loop(count_, keep)
+        return v.sum(builder.load(total))
+
+    return types.float32(dtype, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def scale_row(
+    typing: Any, dtype: Any, count: Any, x: Any, weight: Any, out: Any, scale: Any
+) -> tuple[Any, Any]:
+    """out[i] = round(x[i] * scale) * weight[i] for i < count, in the dtype's roundings."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, count_, x_, weight_, out_, scale_ = args
+        factor = v.splat(scale_)
+
+        def body(i: Value) -> None:
+            value = v.round(builder.fmul(v.load(x_, i, dtype), factor), dtype)
+            v.store(out_, i, builder.fmul(value, v.load(weight_, i, dtype)), dtype)
+
+        v.loop(count_, body)
+        return context.get_dummy_value()
+
+    signature = types.void(dtype, types.int64, types.int64, types.int64, types.int64, types.float32)
+    return signature, codegen
+
+
+@intrinsic
+def rotate_row(typing: Any, dtype: Any, half: Any, x: Any, cos: Any, sin: Any, out: Any) -> tuple[Any, Any]:
+    """Rotate the pairs (i, i + half) of one head: in the dtype's roundings, from x to out.
+
+    Args:
+        half: head_dim / 2, a multiple of 16
+        x, out: addresses of [2 * half]; may be the same
+        cos, sin: addresses of [2 * half] of dtype
+    """
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, half_, x_, cos_, sin_, out_ = args
+
+        def product(a: Value, address: Value, i: Value) -> Value:
+            return v.round(builder.fmul(a, v.load(address, i, dtype)), dtype)
+
+        def body(i: Value) -> None:
+            j = builder.add(i, half_)
+            left, right = v.load(x_, i, dtype), v.load(x_, j, dtype)
+            v.store(out_, i, builder.fsub(product(left, cos_, i), product(right, sin_, i)), dtype)
+            v.store(out_, j, builder.fadd(product(right, cos_, j), product(left, sin_, j)), dtype)
+
+        v.loop(half_, body)
+        return context.get_dummy_value()
+
+    signature = types.void(dtype, types.int64, types.int64, types.int64, types.int64, types.int64)
+    return signature, codegen
+
+
+@intrinsic
+def silu_mul_row(typing: Any, dtype: Any, count: Any, gate: Any, up: Any, out: Any) -> tuple[Any, Any]:
+    """out[i] = round(gate[i] / (1 + exp(-gate[i]))) * up[i] for i < count."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, count_, gate_, up_, out_ = args
+
+        def body(i: Value) -> None:
+            x = v.load(gate_, i, dtype)
+            below = builder.fadd(v.const(1.0), v.exp(builder.fsub(v.const(0.0), x)))
+            value = v.round(builder.fdiv(x, below), dtype)
+            v.store(out_, i, builder.fmul(value, v.load(up_, i, dtype)), dtype)
+
+        v.loop(count_, body)
+        return context.get_dummy_value()
+
+    return types.void(dtype, types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def dot_row(typing: Any, dtype: Any, count: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    """Sum of x[i] * y[i] for i < count (a multiple of 16); both addresses of dtype."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, count_, x_, y_ = args
+        total = v.accumulator()
+
+        def body(i: Value) -> None:
+            builder.store(v.fma(v.load(x_, i, dtype), v.load(y_, i, dtype), builder.load(total)), total)
+
+        v.loop(count_, body)
+        return v.sum(builder.load(total))
+
+    return types.float32(dtype, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def add_weighted_rows(
+    typing: Any, dtype: Any, count: Any, num_rows: Any, weights: Any, rows: Any, out: Any
+) -> tuple[Any, Any]:
+    """out[i] += sum over r < num_rows of weights[r] * rows[r, i], for i < count, rounded once.
+
+    Args:
+        count: width of a row, a multiple of 16
+        weights: address of [num_rows] float32
+        rows: address of [num_rows, count]; out: address of [count]
+    """
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, count_, num_rows_, weights_, rows_, out_ = args
+        total = v.accumulator()
+
+        def body(i: Value) -> None:
+            builder.store(v.load(out_, i, dtype), total)
+            with cgutils.for_range(builder, num_rows_) as loop:
+                weight = v.splat(v.load_scalar(weights_, loop.index))
+                row = v.load(rows_, builder.add(builder.mul(loop.index, count_), i), dtype)
+                builder.store(v.fma(weight, row, builder.load(total)), total)
+            v.store(out_, i, builder.load(total), dtype)
+
+        v.loop(count_, body)
+        return context.get_dummy_value()
+
+    signature = types.void(dtype, types.int64, types.int64, types.int64, types.int64, types.int64)
+    return signature, codegen

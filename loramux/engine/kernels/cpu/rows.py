@@ -1,0 +1,120 @@
+"""Row-wise steps of a layer on a CPU: normalise, rotate and store keys, gate. Each is one pass.
+
+The plain-torch forms stand in `loramux.engine.layers` (norm, rotary) and `models/decoder.py`; these
+do the same arithmetic with the same roundings, without a dispatch and a temporary for every operator.
+Addresses are `Tensor.data_ptr()`; shapes and contiguity are the callers' promise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from loramux.engine.kernels.cpu.intrinsics import (
+    BLOCK,
+    Address,
+    Dtype,
+    item_size,
+    rotate_row,
+    scale_row,
+    silu_mul_row,
+    sum_of_squares,
+)
+
+Ints = npt.NDArray[np.int64]
+Storage = npt.NDArray[Any]  # uint16 (bfloat16 bits) or float32
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def rms_norm(
+    dtype: Dtype,
+    x: Address,
+    delta: Address,
+    weight: Address,
+    out: Address,
+    num_rows: int,
+    width: int,
+    eps: float,
+) -> None:
+    """x += delta (unless delta is 0); out = x / sqrt(mean(x²) + eps) * weight, a row at a time.
+
+    Args:
+        x, delta, out: addresses of [num_rows, width]
+        weight: address of [width]
+    """
+    row_bytes = width * item_size(dtype)
+    for row in range(num_rows):
+        offset = row * row_bytes
+        step = delta + offset if delta else 0
+        squares = sum_of_squares(dtype, width, x + offset, step)
+        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
+        scale_row(dtype, width, x + offset, weight, out + offset, scale)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def rotate_and_store(
+    dtype: Dtype,
+    qkv: Address,
+    cos: Address,
+    sin: Address,
+    q_weight: Address,
+    k_weight: Address,
+    eps: float,
+    k_cache: Storage,
+    v_cache: Storage,
+    slots: Ints,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    k_rows: Storage,
+    v_rows: Storage,
+) -> None:
+    """Per token: RMS-normalise the heads of q and k (if weights are given), rotate them in place, and
+    write k and v into the cache.
+
+    Args:
+        qkv: address of [num_tokens, heads + 2 * kv_heads, head_dim]; q and k are changed
+        cos, sin: addresses of [num_tokens, head_dim], or 0 for no rotation
+        q_weight, k_weight: addresses of [head_dim], or 0 for no norm
+        k_cache: [num_blocks, kv_heads, head_dim, 16]; v_cache: [num_blocks, kv_heads, 16, head_dim],
+            arrays of the dtype's storage type
+        slots: [num_tokens] int64, block * 16 + offset of each token
+        k_rows, v_rows: [num_tokens, kv_heads, head_dim], views of qkv as storage arrays
+    """
+    item = item_size(dtype)
+    head_bytes = head_dim * item
+    row_bytes = (heads + 2 * kv_heads) * head_bytes
+    for token in range(len(slots)):
+        row = qkv + token * row_bytes
+        angle = token * head_bytes
+        for h in range(heads + kv_heads):
+            x = row + h * head_bytes
+            weight = q_weight if h < heads else k_weight
+            if weight:
+                squares = sum_of_squares(dtype, head_dim, x, 0)
+                scale = np.float32(1) / np.sqrt(squares / np.float32(head_dim) + np.float32(eps))
+                scale_row(dtype, head_dim, x, weight, x, scale)
+            if cos:
+                rotate_row(dtype, head_dim // 2, x, cos + angle, sin + angle, x)
+        block, offset = slots[token] // BLOCK, slots[token] % BLOCK
+        for h in range(kv_heads):
+            for d in range(head_dim):
+                k_cache[block, h, d, offset] = k_rows[token, h, d]
+                v_cache[block, h, offset, d] = v_rows[token, h, d]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def silu_mul(dtype: Dtype, gate_up: Address, out: Address, num_rows: int, width: int) -> None:
+    """out = silu(gate) * up, a row at a time.
+
+    Args:
+        gate_up: address of [num_rows, 2 * width]
+        out: address of [num_rows, width]
+    """
+    row_bytes = width * item_size(dtype)
+    for row in range(num_rows):
+        gate = gate_up + 2 * row * row_bytes
+        silu_mul_row(dtype, width, gate, gate + row_bytes, out + row * row_bytes)

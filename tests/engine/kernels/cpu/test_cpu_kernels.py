@@ -1,0 +1,174 @@
+"""The compiled CPU kernels against the plain-torch references beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loramux.engine.kernels.attention import reference_attention
+from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, BLOCK, FLOAT32, Dtype, units
+from loramux.engine.kernels.cpu.lora import add_lora_rows
+from loramux.engine.kernels.cpu.rows import rms_norm, rotate_and_store, silu_mul
+from loramux.engine.kernels.lora import Segment, SiteLanes, reference_lora
+from loramux.engine.layers.norm import RMSNorm
+from loramux.engine.layers.rotary import rotate
+
+DTYPES = [torch.float32, torch.bfloat16]
+TAGS: dict[torch.dtype, Dtype] = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+
+def storage(x: Tensor) -> np.ndarray:
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(3, 3, 64), (2, 1, 32), (1, 8, 128), (2, 7, 16)])
+def test_decode_attention_equals_the_reference(
+    dtype: torch.dtype, window: int, kv_heads: int, group: int, head_dim: int
+) -> None:
+    lengths = [1, 15, 16, 17, 33, 200]
+    tables = [-(-length // BLOCK) for length in lengths]
+    num_blocks = sum(tables)
+    k = torch.randn(num_blocks, kv_heads, BLOCK, head_dim).to(dtype)
+    v = torch.randn_like(k)
+    q = torch.randn(len(lengths), kv_heads * group, head_dim).to(dtype)
+    out, out_2 = torch.empty_like(q), torch.empty_like(q)
+    ids = torch.randperm(num_blocks).numpy()
+    indptr = np.concatenate(([0], np.cumsum(tables)))
+    tokens = np.array([3, 1, 5, 0, 4, 2])
+    scratch = np.zeros((2, 2 * group * head_dim + group * BLOCK * max(tables)), dtype=np.float32)
+    k_cache = k.transpose(2, 3).contiguous()
+    items = len(lengths) * kv_heads
+
+    def arguments(target: Tensor) -> tuple[object, ...]:
+        return (
+            *(TAGS[dtype], units(group), units(head_dim // 16)),
+            *(x.data_ptr() for x in (q, k_cache, v, target)),
+            *(ids, indptr, np.array(lengths), tokens, window, np.float32(head_dim**-0.5), kv_heads),
+        )
+
+    attend_range(*arguments(out), scratch[0], 0, items)
+    attend_parallel(*arguments(out_2), scratch, np.array([0, items // 2, items]))
+
+    assert torch.equal(out, out_2)
+    for seq, length in enumerate(lengths):
+        blocks = ids[indptr[seq] : indptr[seq + 1]]
+        keys, values = (torch.cat([x[b].transpose(0, 1) for b in blocks])[:length].float() for x in (k, v))
+        row = int(tokens[seq])
+        expected = reference_attention(
+            q[row : row + 1].float(), keys, values, start=length - 1, window=window or None
+        )
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(out[row : row + 1].float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_norm_rounds_as_the_plain_layer_does(dtype: torch.dtype, with_delta: bool) -> None:
+    x, delta, weight = (torch.randn(n, 48).to(dtype) for n in (5, 5, 1))
+    expected_x = x + delta if with_delta else x.clone()
+    expected = RMSNorm(weight[0], 1e-5)(expected_x)
+    out = torch.empty_like(x)
+
+    rms_norm(
+        TAGS[dtype],
+        x.data_ptr(),
+        delta.data_ptr() if with_delta else 0,
+        weight.data_ptr(),
+        out.data_ptr(),
+        *(5, 48, 1e-5),
+    )
+
+    assert torch.equal(x, expected_x)
+    torch.testing.assert_close(out, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    assert dtype == torch.float32 or (out == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("with_angles", [True, False])
+def test_rotated_keys_and_values_land_in_their_slots(
+    dtype: torch.dtype, with_norm: bool, with_angles: bool
+) -> None:
+    heads, kv_heads, head_dim = 4, 2, 32
+    qkv = torch.randn(3, heads + 2 * kv_heads, head_dim).to(dtype)
+    angles = torch.randn(3, head_dim)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = torch.randn(2, head_dim).to(dtype)
+    slots = np.array([5 * BLOCK + 3, 0, 2 * BLOCK + 15])
+    k_cache = torch.zeros(6, kv_heads, head_dim, BLOCK, dtype=dtype)
+    v_cache = torch.zeros(6, kv_heads, BLOCK, head_dim, dtype=dtype)
+    q, k, v = (part.clone() for part in torch.split(qkv, [heads, kv_heads, kv_heads], dim=1))
+    if with_norm:
+        q, k = RMSNorm(weights[0], 1e-6)(q), RMSNorm(weights[1], 1e-6)(k)
+    if with_angles:
+        q, k = (rotate(x, cos[:, None], sin[:, None]) for x in (q, k))
+
+    rotate_and_store(
+        TAGS[dtype],
+        qkv.data_ptr(),
+        *((cos.data_ptr(), sin.data_ptr()) if with_angles else (0, 0)),
+        *((weights[0].data_ptr(), weights[1].data_ptr()) if with_norm else (0, 0)),
+        1e-6,
+        *(storage(k_cache), storage(v_cache), slots, heads, kv_heads, head_dim),
+        *(storage(qkv[:, heads : heads + kv_heads]), storage(qkv[:, heads + kv_heads :])),
+    )
+
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(qkv[:, :heads], q, rtol=tolerance, atol=tolerance)
+    for token, slot in enumerate(slots.tolist()):
+        block, offset = divmod(slot, BLOCK)
+        torch.testing.assert_close(k_cache[block, :, :, offset], k[token], rtol=tolerance, atol=tolerance)
+        assert torch.equal(v_cache[block, :, offset], v[token])
+    assert int((v_cache.abs().sum(-1) > 0).sum()) == 3 * kv_heads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_equals_torch(dtype: torch.dtype) -> None:
+    gate_up = torch.cat((torch.randn(4, 96) * 6, torch.tensor([[-200.0, 200.0, 0.0, -88.0] * 24])))
+    gate_up = gate_up.to(dtype).contiguous()
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = torch.empty(5, 48, dtype=dtype)
+
+    silu_mul(TAGS[dtype], gate_up.data_ptr(), out.data_ptr(), 5, 48)
+
+    expected = functional.silu(gate) * up
+    torch.testing.assert_close(out, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_rows_equal_the_reference_and_touch_nobody_else(dtype: torch.dtype) -> None:
+    widths, in_features, lanes = [32, 16, 16], 48, 48
+    site = SiteLanes(
+        a=torch.randn(lanes, 3, in_features).to(dtype),
+        b=[torch.randn(lanes, width).to(dtype) for width in widths],
+        offsets=[0, 32, 48, 64],
+    )
+    segments = [Segment(0, 2, 0, 4), Segment(3, 4, 8, 33), Segment(5, 6, 8, 1)]
+    x, base = torch.randn(7, in_features).to(dtype), torch.randn(7, 64).to(dtype)
+    out, expected = base.clone(), base.float()
+    wide = SiteLanes(site.a.float(), [b.float() for b in site.b], site.offsets)
+    reference_lora(expected, x.float(), wide, segments)
+    rows = [(t, s.first_lane, s.rank) for s in segments for t in range(s.begin, s.end)]
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+
+    add_lora_rows(
+        TAGS[dtype],
+        *(x.data_ptr(), out.data_ptr(), site.a.data_ptr()),
+        *(np.array([b.data_ptr() for b in site.b]), np.array(site.offsets), in_features),
+        *(*columns, np.zeros(64, dtype=np.float32)),
+    )
+
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance * 10)
+    assert torch.equal(out[[2, 4, 6]], base[[2, 4, 6]])
