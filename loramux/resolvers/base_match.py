@@ -44,10 +44,7 @@ def check_base(config: Mapping[str, object], base_model_name: str, rule: BaseMat
     trained_on = config.get("base_model_name_or_path")
     if rule == "off" or not isinstance(trained_on, str) or not trained_on:
         return  # what fits is then the inspection's business
-    names = (trained_on, base_model_name)
-    if rule == "basename":
-        names = (_last_part(trained_on), _last_part(base_model_name))
-    if names[0] != names[1]:
+    if not is_same_base(trained_on, base_model_name, rule):
         raise AdapterIncompatible(
             f"{place}: base_model_name_or_path is {shown(trained_on)}, and this server serves"
             f" {shown(base_model_name)}; {VARIABLE}={rule} compares them"
@@ -65,6 +62,13 @@ def check_folder(folder: Path, base_model_name: str, rule: BaseMatch, place: obj
     """
     config = AdapterFolder(folder).read_json(CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
     check_base(config, base_model_name, rule, place)
+
+
+def is_same_base(trained_on: str, base_model_name: str, rule: BaseMatch) -> bool:
+    """True if the two names mean the same model, by a rule of `check_base`."""
+    if rule == "basename":
+        return _last_part(trained_on) == _last_part(base_model_name)
+    return rule == "off" or trained_on == base_model_name
 
 
 def _last_part(name: str) -> str:

@@ -31,7 +31,9 @@ class _Scaling(NamedTuple):
     scale: float
 
 
-def inspect_adapter(path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank: int) -> AdapterSpec:
+def inspect_adapter(
+    path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank: int, read_tensors: bool = True
+) -> AdapterSpec:
     """Check that the adapter in folder `path` can be served by the base model.
 
     The weights are read once, for the digest; of other files only the config is opened. The spec
@@ -41,6 +43,7 @@ def inspect_adapter(path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank:
         path: the folder that PEFT's `save_pretrained` wrote.
         sites: module path inside the base model -> its shape.
         max_lora_rank: the highest rank that any module of the adapter may have.
+        read_tensors: False = look at the config and the headers only; the digest is then empty.
 
     Returns:
         What the engine needs to load it. `path` in it has all symlinks resolved.
@@ -58,11 +61,7 @@ def inspect_adapter(path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank:
         parts = account(open_weights(folder, stack), settings, selection, sites)
         _check_shapes(parts, selection, scalings, sites)
         files = weights_files(tensor.file for tensor in parts.values())
-        digest = content_digest(
-            scalings,
-            {f"{module}.{part}": tensor for (module, part), tensor in parts.items() if part is not Part.COPY},
-            {module: rows.token_ids for module, rows in selection.rows.items()},
-        )
+        digest = _digest(parts, selection, scalings) if read_tensors else ""
     return AdapterSpec(
         digest=digest,
         path=str(folder.root),
@@ -72,6 +71,14 @@ def inspect_adapter(path: Path, sites: Mapping[str, LoraSite], *, max_lora_rank:
         files=files,
         tables=_tables(parts, selection),
         base_model=settings.base_model,
+    )
+
+
+def _digest(parts: Parts, selection: Selection, scalings: Mapping[str, _Scaling]) -> str:
+    return content_digest(
+        scalings,
+        {f"{module}.{part}": tensor for (module, part), tensor in parts.items() if part is not Part.COPY},
+        {module: rows.token_ids for module, rows in selection.rows.items()},
     )
 
 

@@ -23,7 +23,7 @@ from loramux.server.edge import EdgeLayer
 from loramux.server.generation import Generator
 from loramux.server.generation_config import read_generation_config
 from loramux.server.prompts import PromptBuilder
-from loramux.server.routes import chat, completions, health, models, tokenize
+from loramux.server.routes import adapters, chat, completions, health, lora, models, tokenize
 from loramux.server.services import Services
 from loramux.server.tokenizer import Tokenizer
 from loramux.version import __version__
@@ -109,7 +109,7 @@ def build_app(services: Services) -> FastAPI:
         openapi_url="/openapi.json" if server.docs else None,
     )
     app.state.services = services
-    for module in (completions, chat, models, tokenize, health):
+    for module in (completions, chat, models, tokenize, health, adapters, lora):
         app.include_router(module.router)
     app.add_exception_handler(LoramuxError, errors.handle_loramux_error)
     app.add_exception_handler(HTTPException, errors.handle_http_exception)

@@ -1,4 +1,4 @@
-"""The `loramux` command: `serve` and `bench`.
+"""The `loramux` command: `serve`, `fetch`, `doctor` and `bench`.
 
 Imports happen where they are used, so that `--help` and `--version` answer at once.
 """
@@ -15,6 +15,8 @@ _USAGE: Final = """\
 usage: loramux COMMAND ...
 
   serve MODEL   serve a model and its LoRA adapters (loramux serve --help)
+  fetch URI...  bring adapters into the local store (loramux fetch --help)
+  doctor URI    say whether an adapter fits a base model (loramux doctor --help)
   bench         measure an OpenAI-compatible server (loramux bench --help)
 
   --version     print the version
@@ -31,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from loramux.server import bench
 
         return bench.main(words[1:])
+    if command in ("fetch", "doctor"):
+        from loramux.server import adapter_commands
+
+        run = adapter_commands.fetch if command == "fetch" else adapter_commands.doctor
+        return run(words[1:])
     if command in ("--version", "-V"):
         print(f"loramux {__version__}")
         return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -95,7 +95,7 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
     _check_twins(environ)
     arguments = list(argv)
     namespace, warnings = flags.parse(arguments)
-    arguments += _environment_arguments(environ, namespace)
+    arguments += environment_arguments(environ, namespace, flags.all_flags().values())
     namespace, warnings = flags.parse(arguments)
     if namespace.config is not None:
         arguments += _file_arguments(Path(namespace.config).expanduser(), namespace)
@@ -111,13 +111,15 @@ def _check_twins(environ: Mapping[str, str]) -> None:
             raise InvalidConfig(message, param=ours)
 
 
-def _environment_arguments(environ: Mapping[str, str], namespace: argparse.Namespace) -> list[str]:
-    """Arguments for the flags that only the environment sets."""
+def environment_arguments(
+    environ: Mapping[str, str], namespace: argparse.Namespace, known: Iterable[flags.Flag]
+) -> list[str]:
+    """Arguments for those of the known flags that only the environment sets."""
     found: list[str] = []
-    for dest, flag in flags.all_flags().items():
-        variable = f"LORAMUX_{dest.upper()}"
+    for flag in known:
+        variable = f"LORAMUX_{flag.dest.upper()}"
         value = environ.get(variable) or environ.get(TWINS.get(variable, ""))
-        if not value or getattr(namespace, dest) is not None:
+        if not value or getattr(namespace, flag.dest) is not None:
             continue
         if flag.name == "model" and namespace.positional_model is not None:
             continue

@@ -246,9 +246,7 @@ def build_parser() -> ServeParser:
     )
     parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="a model folder, or a Hub id")
     for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            _add(group, flag)
+        add_flags(parser, title, flags)
     for name in sorted(INERT_SWITCHES):
         parser.add_argument(
             f"--{name}", action=argparse.BooleanOptionalAction, dest=f"inert {name}", help=argparse.SUPPRESS
@@ -258,6 +256,13 @@ def build_parser() -> ServeParser:
         names = [f"--{name}", *([short[name]] if name in short else [])]
         parser.add_argument(*names, nargs="+", action="extend", dest=f"inert {name}", help=argparse.SUPPRESS)
     return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> None:
+    """Let a parser take these flags; the value of one that is not given is None."""
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        _add(group, flag)
 
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:

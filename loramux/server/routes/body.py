@@ -42,7 +42,7 @@ class JsonRoute(APIRoute):
         inner = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            if request.method not in _METHODS_WITH_BODY:
+            if request.method not in _METHODS_WITH_BODY or self.is_raw(request):
                 return await inner(request)
             limit = get_services(request).config.server.limits.request_bytes
             body = await _read(request, limit)
@@ -50,6 +50,10 @@ class JsonRoute(APIRoute):
             return await inner(JsonRequest(request, body, value))
 
         return handle
+
+    def is_raw(self, request: Request) -> bool:
+        """True for a body that the route reads by itself."""
+        return False
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -1,0 +1,85 @@
+"""What the adapter API shows: rows of the table and the engine's residency, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from loramux.engine.client import EngineClient
+from loramux.engine.errors import LoramuxError
+from loramux.engine.types import EngineStats
+from loramux.server.adapters import Failure, Row, Version
+from loramux.server.schemas.adapters import AdapterError, AdapterUpdate, AdapterView, DrainingVersion
+
+
+async def view_rows(rows: Collection[Row], engine: EngineClient) -> list[AdapterView]:
+    """What clients see of some adapters."""
+    try:
+        stats = await engine.stats()
+    except LoramuxError:  # the engine has ended; names are still true
+        stats = None
+    return [_view(row, stats) for row in rows]
+
+
+def _view(row: Row, stats: EngineStats | None) -> AdapterView:
+    version = row.current or (row.draining[-1] if row.draining else None)
+    update = None
+    if row.loading is not None:
+        update = AdapterUpdate(
+            state=row.loading.state,
+            source=row.loading.source,
+            started_at=row.loading.started_at,
+            done_bytes=row.loading.done_bytes,
+            total_bytes=row.loading.total_bytes,
+        )
+    error = _error(row.failure) if row.failure else None
+    draining = [
+        DrainingVersion(version=old.ref.version, digest=old.ref.digest, leases=old.leases)
+        for old in row.draining
+    ]
+    if version is None:
+        source = row.loading.source if row.loading else None
+        return AdapterView(name=row.name, state=row.state, source=source, error=error, update=update)
+    ref, spec = version.ref, version.ref.spec
+    return AdapterView(
+        name=row.name,
+        state=row.state,
+        version=ref.version,
+        digest=ref.digest,
+        source=ref.source,
+        revision=ref.revision,
+        parent=ref.parent,
+        trained_on=spec.base_model,
+        rank=spec.rank,
+        num_modules=len(spec.modules),
+        modules=sorted({module.module.rpartition(".")[2] for module in spec.modules}),
+        bytes=spec.nbytes,
+        tier=_tier(version, stats),
+        pinned=ref.pinned,
+        origin=ref.origin,
+        leases=version.leases,
+        created=ref.created,
+        loaded_at=ref.loaded_at,
+        last_used=version.last_used,
+        error=error,
+        update=update,
+        draining=draining,
+    )
+
+
+def _error(failure: Failure) -> AdapterError:
+    return AdapterError(
+        message=failure.error.message,
+        code=failure.code,
+        param=failure.error.param,
+        at=failure.at,
+        retry_at=failure.retry_at,
+    )
+
+
+def _tier(version: Version, stats: EngineStats | None) -> str | None:
+    if stats is None:
+        return None
+    digest = version.ref.digest
+    if digest in stats.device_adapters:
+        return "device"
+    return "host" if digest in stats.host_adapters else "disk"
