@@ -192,6 +192,26 @@ def _draw_adapter(model: torch.nn.Module, generator: torch.Generator, strength: 
             lora_a.weight.copy_(torch.randn(lora_a.weight.shape, generator=generator) / in_features**0.5)
             std = strength / (module.scaling[name] * rank**0.5)
             lora_b.copy_(std * torch.randn(lora_b.shape, generator=generator))
+    _draw_beyond_layers(model, generator)
+
+
+# Beside an embedding of 0.4 and magnitudes of about 1: enough to change what is said.
+_STDS_BEYOND_LAYERS = {
+    "lora_embedding_A": 0.4,
+    "lora_embedding_B": 0.2,
+    "lora_magnitude_vector": 0.2,
+    "modules_to_save": 0.1,
+    "trainable_tokens_delta": 0.2,
+}
+
+
+@torch.no_grad()
+def _draw_beyond_layers(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """DoRA's magnitudes, LoRA on the embedding, replaced tables and rows."""
+    for name, parameter in model.named_parameters():
+        std = next((std for part, std in _STDS_BEYOND_LAYERS.items() if part in name), None)
+        if std is not None:
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
 
 
 def edit_adapter_config(folder: Path, **fields: Any) -> Path:

@@ -53,18 +53,30 @@ def select(settings: LoraSettings, sites: Mapping[str, LoraSite]) -> Selection:
         elif targets_last_name(settings, tied):
             lora |= tied
     lora -= full
-    for table in rows.keys() & (full | lora):
-        is_own = rows[table].source == table
-        if table in full or is_own:
-            other = "modules_to_save" if table in full else "target_modules"
-            raise config_refused(
-                "trainable_token_indices", f"and {other} both change {table}; PEFT cannot run that either"
-            )
+    for table, own in rows.items():
+        _check_rows_alone(table, own, full, lora, settings)
     return Selection(
         [module for module in sites if module in lora],
         [module for module in sites if module in full],
         {module: rows[module] for module in sites if module in rows},
     )
+
+
+def _check_rows_alone(
+    table: str, rows: TokenRows, full: set[str], lora: set[str], settings: LoraSettings
+) -> None:
+    """PEFT can put plain LoRA on a head whose rows come from the embedding, and nothing else on rows."""
+    other = ""
+    if table in full:
+        other = "modules_to_save"
+    elif table in lora and rows.source == table:
+        other = "target_modules"
+    elif table in lora and settings.use_dora:
+        other = "use_dora"
+    if other:
+        raise config_refused(
+            "trainable_token_indices", f"and {other} both change {table}; PEFT cannot run that either"
+        )
 
 
 def _replaced(settings: LoraSettings, sites: Mapping[str, LoraSite]) -> set[str]:

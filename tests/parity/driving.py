@@ -11,7 +11,7 @@ import torch
 
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
-from loramux.engine.types import Request, TokenLogprobs, TokenSampling
+from loramux.engine.types import AdapterSpec, Request, TokenLogprobs, TokenSampling
 from loramux.resolvers.inspect import inspect_adapter
 from tests.parity.reference import Greedy
 from tests.parity.zoo import Checkpoint
@@ -56,10 +56,14 @@ class Served:
 
     def load(self, name: str, folder: Any) -> None:
         """Inspect an adapter's folder and load it under a short name."""
-        info = self.engine.info
-        spec = inspect_adapter(folder, info.lora_sites, max_lora_rank=info.max_lora_rank)
+        spec = self.spec(folder)
         self.engine.load_adapter(spec)
         self.digests[name] = spec.digest
+
+    def spec(self, folder: Any) -> AdapterSpec:
+        """Inspect an adapter's folder for this engine."""
+        info = self.engine.info
+        return inspect_adapter(folder, info.lora_sites, max_lora_rank=info.max_lora_rank)
 
     def request(
         self, prompt: list[int], adapter: str | None = None, *, salt: str = "", **sampling: Any

@@ -104,6 +104,16 @@ TABLES = [
     ),
     tied(
         tensors(
+            "rows and DoRA on a head",
+            {**token_rows(EMBED, 2), **on_head(), **MAGNITUDES, f"{HEAD}.lora_magnitude_vector": zeros(32)},
+            "trainable_token_indices and use_dora both change lm_head",
+            target_modules=[*QV, "lm_head"],
+            use_dora=True,
+            trainable_token_indices=[1, 2],
+        )
+    ),
+    tied(
+        tensors(
             "rows that differ",
             {**token_rows(EMBED, 2), **token_rows(HEAD, 2)},
             "ensure_weight_tying wants them equal",

@@ -7,7 +7,7 @@ float32 and in slices of rows; W comes from the base model's checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,23 +52,10 @@ def column_norms(table: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return squares.sqrt()
 
 
-def read_rows(tables: Iterable[TableTensor], files: AdapterFiles, embed_dim: int) -> dict[str, TokenRows]:
-    """The replaced rows of each table, by its module; in the dtype of the file."""
-    found = {}
-    for table in tables:
-        if table.kind == "rows":
-            token_ids, order = torch.tensor(table.token_ids).sort()
-            stored = files.get(table.tensor, (len(table.token_ids), embed_dim))
-            found[table.module] = TokenRows(token_ids, stored[order])
-    return found
-
-
 def table_changes(
     tables: list[TableTensor],
     files: AdapterFiles,
     sites: dict[str, LoraSite],
-    *,
-    rows: dict[str, TokenRows],
     lora: dict[str, TableChange],
     dtype: torch.dtype,
 ) -> dict[str, TableChange]:
@@ -78,26 +65,23 @@ def table_changes(
         tables: what the adapter replaces
         files: the adapter's
         sites: the base model's modules
-        rows: `read_rows`
         lora: A, B and gain of the tables that have them
         dtype: of the model
     """
-    full = {
-        table.module: check_finite(
-            files.get(table.tensor, sites[table.module].table_shape).to(dtype, copy=True),
-            f"tensor {table.tensor.key}",
-        )
-        for table in tables
-        if table.kind == "full"
-    }
-    cast = {
-        module: TokenRows(own.token_ids, check_finite(own.rows.to(dtype), f"the rows of {module}"))
-        for module, own in rows.items()
-    }
-    changes = {}
-    for module in full.keys() | cast.keys() | lora.keys():
-        own = lora.get(module, TableChange())
-        changes[module] = TableChange(full.get(module), cast.get(module), own.gain, own.a, own.b)
+    changes = dict(lora)
+    for table in tables:
+        if table.kind == "copy":
+            continue
+        vocabulary, embed_dim = sites[table.module].table_shape
+        num_rows = vocabulary if table.kind == "full" else len(table.token_ids)
+        stored = files.get(table.tensor, (num_rows, embed_dim)).to(dtype, copy=True)
+        check_finite(stored, f"tensor {table.tensor.key}")
+        change = changes.get(table.module, TableChange())
+        if table.kind == "full":
+            changes[table.module] = replace(change, full=stored)
+        else:
+            token_ids, order = torch.tensor(table.token_ids).sort()
+            changes[table.module] = replace(change, rows=TokenRows(token_ids, stored[order]))
     return changes
 
 

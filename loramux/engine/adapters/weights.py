@@ -19,7 +19,6 @@ from loramux.engine.adapters.tables import (
     check_copies,
     column_norms,
     gains_by_site,
-    read_rows,
     row_norms,
     table_changes,
     table_weight,
@@ -137,7 +136,6 @@ class _Reader:
         self._files = files
         self._checkpoint = checkpoint
         self._sites = config.lora_sites()
-        self._rows = read_rows(spec.tables, files, config.embed_dim)
 
     def read(self) -> HostAdapter:
         spec, config = self._spec, self._config
@@ -156,9 +154,7 @@ class _Reader:
         if self._checkpoint is not None:
             check_copies(spec.tables, self._files, self._sites, config, self._checkpoint)
             site_gains = gains_by_site(gains, config, self._checkpoint, self._dtype)
-        changes = table_changes(
-            spec.tables, self._files, self._sites, rows=self._rows, lora=tables, dtype=self._dtype
-        )
+        changes = table_changes(spec.tables, self._files, self._sites, tables, self._dtype)
         own = AdapterTables(site_gains, changes.get(config.embedding_module), changes.get(HEAD_MODULE))
         return HostAdapter(spec.digest, spec.rank, modules, own)
 
@@ -182,8 +178,6 @@ class _Reader:
         if site.is_table:
             name = table_weight(module.module, self._config, self._checkpoint)
             weight = self._checkpoint.take(name, site.table_shape)
-            if (rows := self._rows.get(module.module)) is not None:
-                weight = weight.index_copy(0, rows.token_ids, rows.rows.to(weight.dtype))
         else:
             shape = (site.out_features, site.in_features)
             weight = self._checkpoint.take(f"{module.module}.weight", shape)
