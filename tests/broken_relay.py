@@ -22,6 +22,7 @@ class BrokenRelay:
         self.cut_after_bytes = 0
         self.num_cuts = 0
         self.stalls = False  # ... and the connection stays open, silent
+        self.stalled = threading.Event()  # set when it is
         self.before: tuple[bytes, Callable[[], None]] | None = None  # called once, before such a request
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -81,6 +82,7 @@ class BrokenRelay:
             self.num_cuts -= 1
             client.sendall(body[: self.cut_after_bytes])
             if self.stalls:
+                self.stalled.set()
                 self._closing.wait(30)
         else:
             client.sendall(body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from loramux.engine.errors import AdapterNotFound
@@ -44,12 +45,12 @@ class HubSource:
         """The file's bytes at the listing's commit."""
         uri = parse_uri(listing.source.uri)
         assert uri.revision is not None
-        with self._client.open_file(uri.authority, uri.revision, file.key, start) as response:
-            commit = response.headers.get("x-repo-commit", uri.revision)
-            if commit != uri.revision:
-                raise SourceChanged(f"asked for commit {uri.revision}, got {commit}")
-            skip = start if response.status_code == 200 else 0  # a server that knows no ranges
-            for chunk in response.iter_raw():
+        opened = self._client.open_file(uri.authority, uri.revision, file.key, start)
+        with contextlib.closing(opened.chunks):
+            if opened.commit not in (None, uri.revision):
+                raise SourceChanged(f"asked for commit {uri.revision}, got {opened.commit}")
+            skip = start - opened.starts_at
+            for chunk in opened.chunks:
                 if skip < len(chunk):
                     yield chunk[skip:]
                 skip = max(0, skip - len(chunk))

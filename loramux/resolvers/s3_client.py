@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import aiohttp
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
-from fsspec.asyn import sync
 
 from loramux.engine.errors import AdapterNotFound, AdapterSourceAuth, AdapterUnavailable, LoramuxError
+from loramux.resolvers.io_loop import IoCalls
 from loramux.resolvers.listing import Hiccup, SourceChanged
 from loramux.resolvers.settings import SourceSettings
 
@@ -44,15 +44,16 @@ class S3Client:
 
     def __init__(self, settings: SourceSettings) -> None:
         self._settings = settings
+        self._calls = IoCalls()
         self._opening = threading.Lock()
         self._opened: Any = None
 
     def close(self) -> None:
-        """Close every connection."""
+        """Give up every call and close every connection."""
         with self._opening:
             fs, self._opened = self._opened, None
-        if fs is not None and fs._s3creator is not None:
-            sync(fs.loop, fs._s3creator.__aexit__, None, None, None)
+        is_connected = fs is not None and fs._s3creator is not None
+        self._calls.close(fs._s3creator.__aexit__(None, None, None) if is_connected else None)
 
     def names(self, bucket: str, prefix: str) -> list[str]:
         """What lies directly under `prefix`, which ends in / or is empty; folders are left out.
@@ -100,21 +101,15 @@ class S3Client:
         byte_range = {"Range": f"bytes={start}-"} if start else {}
         answer = self._call("get_object", place, Bucket=bucket, Key=key, IfMatch=etag, **byte_range)
         body = answer["Body"]
-        loop = self._filesystem().loop
         try:
-            while True:
-                with _translated(place):
-                    chunk = sync(loop, body.read, _READ_BYTES)
-                if not chunk:
-                    return
+            while chunk := self._calls.run(_read(body, place)):
                 yield chunk
         finally:
-            sync(loop, _close, body)
+            with suppress(AdapterUnavailable):  # closed meanwhile, and the connection with it
+                self._calls.run(_close(body))
 
     def _call(self, method: str, place: str, **arguments: Any) -> Any:
-        fs = self._filesystem()
-        with _translated(place):
-            return fs.call_s3(method, **arguments)
+        return self._calls.run(_call(self._filesystem(), method, place, arguments))
 
     def _filesystem(self) -> Any:
         with self._opening:
@@ -144,8 +139,18 @@ def _open(settings: SourceSettings) -> Any:
     return fs
 
 
+async def _call(fs: Any, method: str, place: str, arguments: dict[str, Any]) -> Any:
+    with _translated(place):
+        return await fs._call_s3(method, **arguments)
+
+
 async def _close(body: Any) -> None:
     body.close()
+
+
+async def _read(body: Any, place: str) -> bytes:
+    with _translated(place):
+        return bytes(await body.read(_READ_BYTES))
 
 
 @contextmanager
