@@ -53,7 +53,8 @@ class FilesystemResolver:
 
     def _find(self, base_model_name: str, adapter_name: str) -> str | None:
         path = self._path(adapter_name)
-        if path is None or not (path / CONFIG_FILE).is_file():
+        # os.path.isfile, since it also says False for a name that is too long for a file.
+        if path is None or not os.path.isfile(path / CONFIG_FILE):
             return None
         check_folder(path, base_model_name, self._base_match, f"adapter {adapter_name!r}")
         return str(SourceUri("file", path=str(path)))

@@ -117,6 +117,7 @@ async def test_names_never_escape_the_folder(tmp_path: Path, make: Callable[...,
     ]
     assert {name: await resolver.resolve(BASE, name) for name in names} == dict.fromkeys(names)
     assert await resolver.resolve(BASE, "a\0b") is None
+    assert await resolver.resolve(BASE, "\u00e9" * 256) is None  # 512 bytes: no file can have this name
     assert await resolver.resolve(BASE, "current") == f"file://{root}/current"
 
 
