@@ -104,6 +104,27 @@ def test_retired_adapter_is_revived_by_a_new_load() -> None:
     assert store.take_dropped().gone == []
 
 
+def test_adapter_whose_lanes_cannot_be_filled_gives_them_back() -> None:
+    store = make(lanes=8)
+    store.add("a", 8)
+    read(store, "a")
+    store.prefetch("a")
+    store.take_jobs()
+
+    store.copy_failed("a")
+
+    assert store.acquire("a") is None
+    assert (store.on_host, store.on_device, store.lanes.num_used) == (["a"], [], 0)
+    assert place_again(store, "a") == LaneSpan(0, 8, 8)
+
+
+def place_again(store: AdapterStore, digest: str) -> LaneSpan | None:
+    store.prefetch(digest)
+    store.take_jobs()
+    store.device_ready(digest)
+    return store.lanes.span(digest)
+
+
 def test_host_budget_evicts_the_least_recently_used() -> None:
     store = make(max_host_bytes=250)
     for digest in "abc":
@@ -184,10 +205,14 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 self.store.host_ready(digest, 100)
 
-    @rule()
-    def finish_copy(self) -> None:
+    @rule(fails=st.booleans())
+    def finish_copy(self, fails: bool) -> None:
         if self.copies:
-            self.store.device_ready(self.copies.pop(0))
+            digest = self.copies.pop(0)
+            if fails:
+                self.store.copy_failed(digest)
+            else:
+                self.store.device_ready(digest)
 
     @rule()
     def end(self) -> None:
