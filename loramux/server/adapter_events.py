@@ -69,6 +69,7 @@ class AdapterEvents:
         self._clock = clock
         self._ids = itertools.count(1)
         self._subscribers: set[_Subscriber] = set()
+        self._listeners: list[Callable[[AdapterEvent], None]] = []
         self._is_closed = False
 
     def moved(self, name: str, state: AdapterState, source: str) -> None:
@@ -110,6 +111,11 @@ class AdapterEvents:
         )
         self._publish(event)
 
+    def listen(self, listener: Callable[[AdapterEvent], None]) -> Callable[[], None]:
+        """Call `listener` with every event, at once; returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
     async def subscribe(self) -> AsyncGenerator[AdapterEvent, None]:
         """Events from now on, until the server stops."""
         subscriber = _Subscriber()
@@ -148,3 +154,5 @@ class AdapterEvents:
     def _publish(self, event: AdapterEvent) -> None:
         for subscriber in self._subscribers:
             subscriber.put(event)
+        for listener in self._listeners:
+            listener(event)

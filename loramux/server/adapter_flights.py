@@ -52,6 +52,10 @@ class Flights:
     def __init__(self) -> None:
         self._by_name: dict[str, Flight] = {}
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._by_name)
+
     def get(self, name: str) -> Flight | None:
         """The load of one name."""
         return self._by_name.get(name)

@@ -191,6 +191,11 @@ class AdapterManager:
             reasons.append(f"pinned adapter {name!r}: {why}")
         return reasons
 
+    @property
+    def busy(self) -> int:
+        """How many loads are under way, and how many versions on their way out."""
+        return len(self._flights) + len(self._farewells)
+
     async def aclose(self) -> None:
         """Stop what is under way."""
         await self._flights.stop_all()

@@ -5,6 +5,10 @@ upper case, a seed puts `SEED:` in front. Words in the prompt ask for trouble:
 
     !slow     one token each 10 ms, without end        !crash    the process kills itself
     !stuck    no output at all                         !refuse   the request fails
+
+and so does the base model that an adapter's config names:
+
+    !stuck    the load never ends                      !refuse   the load fails
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import zmq
 from loramux.engine import messages
 from loramux.engine.config import EngineConfig
 from loramux.engine.messages import FromEngine, ToEngine
-from loramux.engine.types import EngineInfo, EngineStats, Request, SequenceOutput, TokenLogprobs
+from loramux.engine.types import EngineInfo, EngineStats, FreedMemory, Request, SequenceOutput, TokenLogprobs
 from tests.adapter_files import llama_sites
 from tests.server.tiny_text import EOS, VOCAB_SIZE
 
@@ -38,7 +42,8 @@ class FakeEngine:
         self._pair = pair
         self._answers: dict[str, list[int]] = {}
         self._requests: dict[str, Request] = {}
-        self._digests: set[str] = set()
+        self._digests: dict[str, int] = {}  # -> bytes
+        self._leaving: dict[str, tuple[int, int]] = {}  # digest -> call that waits for it, bytes
         self._stopping = False
         self._parent = os.getppid()
 
@@ -54,6 +59,7 @@ class FakeEngine:
             outputs = [self._step(request) for request in self._runnable()]
             if outputs:
                 self._send([messages.Outputs(outputs)])
+            self._send(self._see_off())
             if any(_text(request).count("!slow") for request in self._requests.values()):
                 time.sleep(SLOW_S)
 
@@ -68,17 +74,35 @@ class FakeEngine:
                 for request_id in request_ids:
                     self._requests.pop(request_id, None)
             case messages.LoadAdapter(call_id, spec):
-                self._digests.add(spec.digest)
-                return [messages.Reply(call_id)]
+                if spec.base_model == "!refuse":
+                    return [messages.Reply(call_id, "AdapterIncompatible", "refused", "r")]
+                self._digests[spec.digest] = spec.nbytes
+                return [] if spec.base_model == "!stuck" else [messages.Reply(call_id)]
             case messages.GetStats(call_id):
-                stats = EngineStats(num_running=len(self._requests), host_adapters=sorted(self._digests))
+                stats = EngineStats(
+                    num_running=len(self._requests),
+                    host_adapters=sorted({*self._digests, *self._leaving}),
+                    host_bytes=sum(self._digests.values()),
+                )
                 return [messages.Reply(call_id, stats=stats)]
             case messages.Shutdown():
                 self._stopping = True
             case messages.UnloadAdapter(call_id, digest):
-                self._digests.discard(digest)
-                return [messages.Reply(call_id)]
+                if digest not in self._digests:
+                    return [messages.Reply(call_id, "AdapterNotFound", "not loaded")]
+                self._leaving[digest] = (call_id, self._digests.pop(digest))
         return []
+
+    def _see_off(self) -> list[FromEngine]:
+        """Answer the unloads whose last request has ended."""
+        used = {request.adapter for request in self._requests.values()}
+        gone = [digest for digest in self._leaving if digest not in used]
+        replies: list[FromEngine] = []
+        for digest in gone:
+            call_id, nbytes = self._leaving.pop(digest)
+            freed = FreedMemory(lanes=8, host_bytes=nbytes, kv_blocks=0)
+            replies.append(messages.Reply(call_id, freed=freed))
+        return replies
 
     def _add(self, request: Request) -> list[FromEngine]:
         text = _text(request)
@@ -131,7 +155,7 @@ class FakeEngine:
             enable_lora=config.enable_lora,
             max_lora_rank=config.max_lora_rank,
             num_lanes=config.lane_pool,
-            lora_sites=llama_sites(),
+            lora_sites=llama_sites(vocabulary=VOCAB_SIZE),
             load_seconds=0.0,
         )
 
