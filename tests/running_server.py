@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -28,15 +28,22 @@ _START_TIMEOUT_S: Final = 120.0
 class RunningServer:
     """One process of `loramux serve`, or of something that takes the same flags."""
 
-    def __init__(self, arguments: Sequence[str], *, command: Sequence[str] = SERVE, port: int = 0) -> None:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
-        environ["OMP_NUM_THREADS"] = "1"
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        command: Sequence[str] = SERVE,
+        port: int = 0,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self._store = tempfile.TemporaryDirectory(prefix="loramux-store-")
-        environ["LORAMUX_ADAPTER_STORE_DIR"] = self._store.name
+        self.store = Path(self._store.name)  # where it keeps adapters, unless a flag says otherwise
+        own = {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
+        own |= {"OMP_NUM_THREADS": "1", "LORAMUX_ADAPTER_STORE_DIR": str(self.store), **(environ or {})}
         self.process = subprocess.Popen(
             [*command, *arguments, f"--port={port}"],
             cwd=ROOT,
-            env=environ,
+            env=own,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -102,9 +109,11 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(*arguments: str, command: Sequence[str] = SERVE) -> Iterator[RunningServer]:
+def running_server(
+    *arguments: str, command: Sequence[str] = SERVE, environ: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
     """A server that is ready, and ended (killed if need be) at the end."""
-    server = RunningServer(arguments, command=command)
+    server = RunningServer(arguments, command=command, environ=environ)
     try:
         server.wait_ready()
         yield server

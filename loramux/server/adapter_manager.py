@@ -191,8 +191,7 @@ class AdapterManager:
             reasons.append(f"pinned adapter {name!r}: {why}")
         return reasons
 
-    @property
-    def busy(self) -> int:
+    def num_under_way(self) -> int:
         """How many loads are under way, and how many versions on their way out."""
         return len(self._flights) + len(self._farewells)
 

@@ -346,7 +346,7 @@ async def test_whatever_happens_the_engine_holds_what_is_used_and_nothing_else(t
             results = await asyncio.gather(*(act() for _ in range(5)), return_exceptions=True)
             errors = [one for one in results if isinstance(one, BaseException)]
             assert all(isinstance(error, LoramuxError) for error in errors), errors
-        while world.manager.busy:
+        while world.manager.num_under_way():
             await asyncio.sleep(0.001)
         used = {lease.ref.digest for lease in leases} | {ref.digest for ref in world.manager.table.all()}
         assert await world.engine_digests() == used
@@ -354,7 +354,7 @@ async def test_whatever_happens_the_engine_holds_what_is_used_and_nothing_else(t
             lease.release()
         for ref in world.manager.table.all():
             await world.manager.unload(ref.name)
-        while world.manager.busy:
+        while world.manager.num_under_way():
             await asyncio.sleep(0.001)
 
         assert await world.engine_digests() == set()
