@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loramux.engine.errors import AdapterIncompatible
-from tests.parity.driving import Answer, Served, assert_greedy
+from tests.parity.driving import Answer, Served, assert_greedy, assert_prompt_logprobs
 from tests.parity.reference import Greedy, Reference
 from tests.parity.zoo import Checkpoint, Zoo
 from tests.tiny_models import make_adapter, random_prompt
@@ -348,3 +348,22 @@ def test_dora_in_bfloat16_stays_close_to_peft(zoo: Zoo, tmp_path: Path) -> None:
     values = torch.tensor(said.logprobs[1:])
     ids = torch.tensor(said.token_ids[1:])
     assert (values - exact[ids]).abs().mean() < 0.1 * (base[ids] - exact[ids]).abs().mean()
+
+
+@pytest.mark.parametrize("feature", ["dora-head", "save-both", "rows-tied-base", "both-tied"])
+def test_prompt_logprobs_come_from_the_adapters_own_tables(zoo: Zoo, tmp_path: Path, feature: str) -> None:
+    family, recipe = FEATURES[feature]
+    checkpoint = zoo[family]
+    folder = make(checkpoint, tmp_path / "adapter", recipe)
+    prompt = random_prompt(30, seed=3)
+    rows = Reference(checkpoint.folder, {"adapter": folder}).logprobs(prompt, "adapter")
+    served = Served(checkpoint, enable_lora=True, max_num_batched_tokens=16)
+    served.load("x", folder)
+    requests = [
+        served.request(prompt, name, max_tokens=1, prompt_logprobs=5, salt=str(name)) for name in ("x", None)
+    ]
+
+    own, base = served.run(requests)
+
+    assert_prompt_logprobs(own, prompt, rows)
+    assert_prompt_logprobs(base, prompt, checkpoint.reference.logprobs(prompt))
