@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -99,12 +98,9 @@ def test_logits_of_each_segment_are_those_of_its_adapters_own_head(kind: str) ->
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_gains_scale_the_base_output_and_nothing_of_the_lanes(num_decode: int, has_bias: bool) -> None:
     widths, num_lanes = [8, 4], 16
-    lanes = SiteLanes(
-        a=torch.randn(num_lanes, len(widths), WIDTH),
-        b=[torch.randn(num_lanes, width) for width in widths],
-        offsets=[0, 8, 12],
-        index=5,
-    )
+    a = torch.randn(num_lanes, len(widths), WIDTH)
+    b = [torch.randn(num_lanes, width) for width in widths]
+    lanes, elsewhere = (SiteLanes(a=a, b=b, offsets=[0, 8, 12], index=index) for index in (5, 4))
     x, product, bias = torch.randn(12, WIDTH), torch.randn(12, 12), torch.randn(12) * has_bias
     gain = torch.rand(12) + 0.5
     gains = {5: OutputGain(gain, (1 - gain) * bias if has_bias else None)}
@@ -123,7 +119,6 @@ def test_gains_scale_the_base_output_and_nothing_of_the_lanes(num_decode: int, h
     scaled[6:] *= gain
     torch.testing.assert_close(said, run(scaled + bias, with_gains=False), rtol=1e-5, atol=1e-5)
     assert torch.equal(said[:6], run(product + bias, with_gains=False)[:6])
-    elsewhere = dataclasses.replace(lanes, index=4)
     plan = plan_lora(
         segments,
         num_decode,
