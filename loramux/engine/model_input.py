@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loramux.engine.kernels.attention import AttentionInput, DecodeGroup, PromptChunk
+from loramux.engine.kernels.attention import Attention, AttentionInput, BatchLayout
+from loramux.engine.kernels.cpu.dtypes import Ints
 from loramux.engine.kernels.lora import GainSegment, LoraInput, Segment, plan_lora
 from loramux.engine.kernels.tables import AdapterTables, TableSegment
 from loramux.engine.scheduler import ScheduledBatch, ScheduledSequence
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +42,17 @@ class InputBuilder:
     def __init__(
         self,
         *,
-        block_size: int,
-        num_kv_heads: int,
-        windows: tuple[int | None, ...],
+        attention: Attention,
         needs_lengths: bool,
+        has_compiled_lora: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._block_size = block_size
-        self._num_kv_heads = num_kv_heads
-        self._windows = tuple(dict.fromkeys(windows))
+        self._attention = attention
         self._needs_lengths = needs_lengths
+        self._has_compiled_lora = has_compiled_lora
         self._dtype = dtype
         self._device = device
-        self._heads = np.arange(num_kv_heads, dtype=np.int64)
 
     def build(
         self, batch: ScheduledBatch, tables: Mapping[str, AdapterTables] = MappingProxyType({})
@@ -84,16 +79,15 @@ class InputBuilder:
             token_ids=self._tensor(token_ids),
             positions=self._tensor(positions),
             rope_lengths=self._lengths(order, owner, positions),
-            attention=AttentionInput(
-                write_rows=self._write_rows(blocks, owner, positions),
-                decode=self._decode_groups(order[:num_decode], blocks),
-                prompts=self._prompt_chunks(order[num_decode:], blocks[num_decode:], offsets[num_decode:]),
+            attention=self._attention.plan(
+                BatchLayout(starts + counts, counts, offsets, owner, positions, blocks, num_decode)
             ),
             lora=plan_lora(
                 _segments(order, offsets, num_decode),
                 num_decode,
                 dtype=self._dtype,
                 device=self._device,
+                is_compiled=self._has_compiled_lora,
                 gains=[GainSegment(s.begin, s.end, s.tables.gains) for s in own_tables if s.tables.gains],
             ),
             tables=own_tables,
@@ -110,58 +104,6 @@ class InputBuilder:
             return None
         prompts = np.array([s.seq.num_prompt for s in order], dtype=np.int64)
         return self._tensor(np.maximum(prompts[owner], positions + 1))
-
-    def _write_rows(self, blocks: list[Ints], owner: Ints, positions: Ints) -> Tensor:
-        size, heads = self._block_size, self._num_kv_heads
-        first_block = np.cumsum([0, *(len(ids) for ids in blocks)])[:-1]
-        block = np.concatenate(blocks)[first_block[owner] + positions // size]
-        rows = (block[:, None] * heads + self._heads) * size + (positions % size)[:, None]
-        return self._tensor(rows.reshape(-1))
-
-    def _decode_groups(self, order: list[ScheduledSequence], blocks: list[Ints]) -> list[DecodeGroup]:
-        """Sequences whose block tables differ by less than a factor of two share a group, so that
-        padding at most doubles what is read."""
-        groups: list[DecodeGroup] = []
-        used = [-(-s.end // self._block_size) for s in order]
-        by_length = sorted(range(len(order)), key=lambda i: used[i])
-        while by_length:
-            longest = 2 * used[by_length[0]]
-            size = sum(1 for i in by_length if used[i] <= longest)
-            members, by_length = by_length[:size], by_length[size:]
-            groups.append(self._decode_group(members, order, blocks, max(used[i] for i in members)))
-        return groups
-
-    def _decode_group(
-        self, members: list[int], order: list[ScheduledSequence], blocks: list[Ints], width: int
-    ) -> DecodeGroup:
-        table = np.zeros((len(members), width), dtype=np.int64)
-        for row, i in enumerate(members):
-            ids = blocks[i][:width]
-            table[row, : len(ids)] = ids
-        ends = torch.tensor([order[i].end for i in members])[:, None]
-        keys = torch.arange(width * self._block_size)[None]
-        masks: dict[int | None, Tensor] = {}
-        for window in self._windows:
-            hidden = keys >= ends
-            if window is not None:
-                hidden |= keys < ends - window
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-            masks[window] = mask[:, None, None].to(self._device)
-        return DecodeGroup(self._tensor(np.array(members, dtype=np.int64)), self._cache_rows(table), masks)
-
-    def _prompt_chunks(
-        self, order: list[ScheduledSequence], blocks: list[Ints], offsets: Ints
-    ) -> list[PromptChunk]:
-        chunks = []
-        for item, ids, first in zip(order, blocks, offsets[:-1].tolist(), strict=True):
-            width = -(-item.end // self._block_size)
-            chunks.append(PromptChunk(first, item.count, item.start, self._cache_rows(ids[None, :width])))
-        return chunks
-
-    def _cache_rows(self, table: Ints) -> Tensor:
-        """[num_seqs, num_blocks] block ids → [num_seqs * num_kv_heads * num_blocks] cache rows."""
-        rows = table[:, None, :] * self._num_kv_heads + self._heads[None, :, None]
-        return self._tensor(rows.reshape(-1))
 
 
 def _segments(order: list[ScheduledSequence], offsets: Ints, num_decode: int) -> list[Segment]:

@@ -15,12 +15,13 @@ from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
-from loramux.engine.kernels.attention import KVCache
+from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
+from loramux.engine.kernels.cpu.backend import CpuAttention, supports
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.layers.sampler import SamplingRow, sample, token_logprobs
 from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.models.decoder import Decoder
-from loramux.engine.models.families import load_model_config
+from loramux.engine.models.families import ModelConfig, load_model_config
 from loramux.engine.models.weights import BaseWeights, Checkpoint
 from loramux.engine.scheduler import SampledToken, ScheduledBatch, StepResult
 from loramux.engine.sequence import Sequence
@@ -55,6 +56,7 @@ class ModelRunner:
         self.lanes = LanePool(self.model_config, config.lane_pool, dtype=self.dtype, device=self.device)
         self.tables: dict[str, AdapterTables] = {}  # of the adapters on the device that have some
         self._base = BaseWeights(Path(config.model), self.dtype)
+        attention = _attention(self.model_config, config.block_size, self.dtype, self.device)
         loaded = 0
 
         def count_layer() -> None:
@@ -71,18 +73,20 @@ class ModelRunner:
                 self.model_config,
                 checkpoint,
                 self.lanes,
+                attention,
                 max_len=self.max_model_len,
                 dtype=self.dtype,
                 device=self.device,
                 on_layer=count_layer,
             )
         self.num_kv_blocks = self._size_kv_cache(config)
-        self._caches = self._allocate_kv_cache(config.block_size)
+        self._caches = [
+            attention.empty_cache(self.num_kv_blocks) for _ in range(self.model_config.num_layers)
+        ]
         self._builder = InputBuilder(
-            block_size=config.block_size,
-            num_kv_heads=self.model_config.num_kv_heads,
-            windows=self.model_config.windows,
+            attention=attention,
             needs_lengths=self.model.needs_lengths,
+            has_compiled_lora=self.lanes.is_compiled,
             dtype=self.dtype,
             device=self.device,
         )
@@ -170,15 +174,6 @@ class ModelRunner:
         most = config.max_num_seqs * needed  # more could never be used
         return int(blocks if config.num_kv_blocks else min(blocks, most + needed))
 
-    def _allocate_kv_cache(self, block_size: int) -> list[KVCache]:
-        c = self.model_config
-        shape = (self.num_kv_blocks, c.num_kv_heads, block_size, c.head_dim)
-
-        def empty() -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-        return [KVCache(empty(), empty()) for _ in range(c.num_layers)]
-
 
 def _prompt_logprobs(logits: Tensor, inputs: ModelInput) -> dict[str, list[TokenLogprobs]]:
     found = {}
@@ -190,6 +185,20 @@ def _prompt_logprobs(logits: Tensor, inputs: ModelInput) -> dict[str, list[Token
             found[seq.request_id] = token_logprobs(logits[begin : begin + len(targets)], targets, num_top)
             assert end - begin == item.count
     return found
+
+
+def _attention(model: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> Attention:
+    """The fastest implementation that serves this model on this device."""
+    shape = AttentionShape(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=block_size,
+        windows=tuple(dict.fromkeys(model.windows)),
+        dtype=dtype,
+        device=device,
+    )
+    return CpuAttention(shape) if supports(shape) else TorchAttention(shape)
 
 
 def _device(name: str) -> torch.device:

@@ -20,6 +20,8 @@ MIXED: list[str | None] = [None, *ADAPTERS]
 EDGES = (15, 16, 17, 31, 32, 33)  # around the borders of 16-token blocks
 Row = tuple[list[int], str | None]
 
+CHECKPOINTS = [*FAMILIES, "llama-compiled", "mistral-compiled"]
+
 
 def mixed_rows(count: int, *, shortest: int = 5, longest: int = 60) -> list[Row]:
     """`count` prompts of different lengths, each with the next of base and the four adapters."""
@@ -35,7 +37,7 @@ def assert_rows(checkpoint: Checkpoint, rows: list[Row], answers: list[Answer], 
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHECKPOINTS)
 def test_chunked_prefill_changes_nothing(zoo: Zoo, family: str, budget: int) -> None:
     checkpoint = zoo[family]
     served = Served(checkpoint, ADAPTERS, max_num_batched_tokens=budget)
@@ -57,7 +59,7 @@ def test_chunks_and_company_change_nothing_in_special_attention(zoo: Zoo, name: 
     assert_rows(checkpoint, rows, answers, 64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHECKPOINTS)
 def test_prefix_cache_hits_change_nothing(zoo: Zoo, family: str) -> None:
     checkpoint = zoo[family]
     served = Served(checkpoint, ["r8"])
@@ -117,7 +119,7 @@ def test_shared_prefix_of_different_lengths_under_dynamic_rope(zoo: Zoo) -> None
         assert_rows(checkpoint, [row], [served.ask(*row, logprobs=5)], 64)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "mistral-sliding", "llama-rope-dynamic"])
+@pytest.mark.parametrize("name", [*CHECKPOINTS, "mistral-sliding", "llama-rope-dynamic"])
 def test_preemption_changes_nothing(zoo: Zoo, name: str) -> None:
     checkpoint = zoo[name]
     served = Served(checkpoint, ADAPTERS, num_kv_blocks=20, max_model_len=200)
@@ -158,7 +160,7 @@ def test_batch_size_changes_nothing(zoo: Zoo, size: int) -> None:
     assert_rows(checkpoint, rows, answers, 24)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHECKPOINTS)
 def test_block_borders_change_nothing(zoo: Zoo, family: str) -> None:
     checkpoint = zoo[family]
     served = Served(checkpoint, ["r16"])
@@ -182,7 +184,7 @@ def test_block_size_changes_nothing(zoo: Zoo, block_size: int) -> None:
 
 
 @pytest.mark.parametrize("budget", [16, 2048])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHECKPOINTS)
 def test_prompt_logprobs_match_the_reference(zoo: Zoo, family: str, budget: int) -> None:
     checkpoint = zoo[family]
     served = Served(checkpoint, ADAPTERS, max_num_batched_tokens=budget)

@@ -46,7 +46,7 @@ def test_base_without_lora_matches_the_reference(zoo: Zoo, family: str) -> None:
         assert_greedy(answer, checkpoint.reference.greedy(prompt))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "llama-compiled", "qwen3-compiled", "opt-compiled"])
 def test_mixed_batch_of_base_and_four_ranks_matches_the_reference(zoo: Zoo, family: str) -> None:
     checkpoint = zoo[family]
     served = Served(checkpoint, ADAPTERS)

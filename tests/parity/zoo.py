@@ -82,6 +82,11 @@ VARIATIONS: dict[str, Variation] = {
     "opt-gelu": Variation("opt", {"activation_function": "gelu", "tie_word_embeddings": False}),
     "opt-no-bias": Variation("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     "opt-bare-names": Variation("opt", {}, _strip_opt_prefix),
+    # heads of 32 and rows of 16: attention and LoRA by the compiled CPU kernels
+    "llama-compiled": Variation("llama", {"head_dim": 32}),
+    "qwen3-compiled": Variation("qwen3", {"head_dim": 32}),
+    "mistral-compiled": Variation("mistral", {"sliding_window": 24, "head_dim": 32}),
+    "opt-compiled": Variation("opt", {"hidden_size": 64, "num_attention_heads": 2}),
 }
 
 

@@ -23,6 +23,7 @@ from loramux.engine.adapters.tables import (
     table_changes,
     table_weight,
 )
+from loramux.engine.kernels.cpu.dtypes import takes
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.kernels.tables import AdapterTables, TableChange
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
@@ -61,6 +62,10 @@ class LanePool:
     ) -> None:
         self._config = config
         self.num_lanes = num_lanes
+        sizes = [
+            n for site in config.sites for n in (site.in_features, *(p.out_features for p in site.parts))
+        ]
+        self.is_compiled = takes(torch.empty(0, dtype=dtype, device=device), *sizes)  # by the row kernel
         self._sites: dict[tuple[int, str], SiteLanes] = {}
         if num_lanes == 0:
             return

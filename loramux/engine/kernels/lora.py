@@ -12,27 +12,35 @@ added only the base output of these tokens has to be scaled (`OutputGain`).
 
 Two regimes, chosen by `plan_lora` from the number of tokens:
 
-- few tokens (decode): one shrink over the pool's prefix that is in use, a mask that keeps each
-  token's own lanes, one expand a part. Operator dispatch dominates, so fewer and larger is faster.
+- few tokens (decode): on a CPU, a compiled kernel in which each token reads its own lanes only. In
+  plain torch, one shrink over the pool's prefix that is in use, a mask that keeps each token's own
+  lanes, one expand a part: operator dispatch dominates, so fewer and larger is faster.
 - many tokens (prompt chunks): tokens of one adapter are consecutive; each segment is shrunk and
   expanded with its true rank, so arithmetic is not multiplied by the number of adapters resident.
 
-`reference_lora` says the same token by token and is what the tests hold both regimes to. Adapters
+`reference_lora` says the same token by token and is what the tests hold every form to. Adapters
 hold finite numbers only (checked at load), so a masked lane contributes exactly zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from loramux.engine.kernels.cpu.dtypes import TAGS, Ints
+from loramux.engine.kernels.cpu.lora import add_lora_rows
+
+Floats = npt.NDArray[np.float32]
 
 MASKED_MAX_TOKENS = 64  # above it a token range is computed segment by segment
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SiteLanes:
     """The pool of one site in one layer."""
 
@@ -40,6 +48,12 @@ class SiteLanes:
     b: list[Tensor]  # one a part: [num_lanes, out_features of the part]
     offsets: list[int]  # where each part starts in the fused output; one more for the end
     index: int = 0  # among all sites of the model
+    b_addresses: Ints = field(init=False)  # for the compiled kernel, as is the next
+    bounds: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.b_addresses = np.array([part.data_ptr() for part in self.b], dtype=np.int64)
+        self.bounds = np.array(self.offsets, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,16 @@ class MaskedRange:
     end: int
     num_lanes: int  # prefix of the pool that holds every lane in use here
     mask: Tensor  # [end - begin, num_lanes, 1], model dtype: 1 on a token's own lanes
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Decode tokens with an adapter, each with its own lanes; for the compiled kernel."""
+
+    rows: Ints  # [n]: tokens of the batch
+    first: Ints  # [n]: first lane
+    rank: Ints  # [n]: lanes
+    scratch: Floats  # room for the largest rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +119,7 @@ class LoraInput:
     masked: MaskedRange | None
     segments: list[Segment]
     gains: Sequence[GainSegment] = ()
+    rows: LoraRows | None = None
 
 
 def plan_lora(
@@ -104,6 +129,7 @@ def plan_lora(
     dtype: torch.dtype,
     device: torch.device,
     gains: Sequence[GainSegment] = (),
+    is_compiled: bool = False,
 ) -> LoraInput | None:
     """Choose the regime of each token range; None when no token has an adapter.
 
@@ -111,11 +137,14 @@ def plan_lora(
         segments: maximal runs of one adapter in token order, base tokens left out; a run never
             crosses `num_decode_tokens`, and decode tokens come first.
         gains: the tokens of DoRA adapters, which have segments, too.
+        is_compiled: the compiled kernel takes this model's lanes.
     """
     if not segments:
         return None
     decode = [s for s in segments if s.end <= num_decode_tokens]
     prompts = [s for s in segments if s.end > num_decode_tokens]
+    if is_compiled:
+        return LoraInput(None, prompts, gains, _rows(decode) if decode else None)
     if len(decode) <= 1 or decode[-1].end - decode[0].begin > MASKED_MAX_TOKENS * len(decode):
         return LoraInput(None, segments, gains)
     begin, end = decode[0].begin, decode[-1].end
@@ -124,6 +153,16 @@ def plan_lora(
     for s in decode:
         mask[s.begin - begin : s.end - begin, s.first_lane : s.first_lane + s.rank] = 1
     return LoraInput(MaskedRange(begin, end, num_lanes, mask.to(device)), prompts, gains)
+
+
+def _rows(segments: list[Segment]) -> LoraRows:
+    counts = [s.end - s.begin for s in segments]
+    return LoraRows(
+        rows=np.concatenate([np.arange(s.begin, s.end) for s in segments]),
+        first=np.repeat([s.first_lane for s in segments], counts),
+        rank=np.repeat([s.rank for s in segments], counts),
+        scratch=np.zeros(max(s.rank for s in segments), dtype=np.float32),
+    )
 
 
 def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None:
@@ -136,6 +175,8 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
     for g in plan.gains:
         if (own := g.gains.get(site.index)) is not None:
             _scale(out[g.begin : g.end], own)
+    if plan.rows is not None:
+        _add_rows(out, x, site, plan.rows)
     if plan.masked is not None:
         r = plan.masked
         shrunk = _shrink(x[r.begin : r.end], site.a[: r.num_lanes]).mul_(r.mask)
@@ -143,6 +184,15 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
     for s in plan.segments:
         lanes = slice(s.first_lane, s.first_lane + s.rank)
         _expand(out[s.begin : s.end], _shrink(x[s.begin : s.end], site.a[lanes]), site, lanes)
+
+
+def _add_rows(out: Tensor, x: Tensor, site: SiteLanes, own: LoraRows) -> None:
+    add_lora_rows(
+        TAGS[x.dtype],
+        *(x.data_ptr(), out.data_ptr(), site.a.data_ptr()),
+        *(site.b_addresses, site.bounds, site.a.shape[2]),
+        *(own.rows, own.first, own.rank, own.scratch),
+    )
 
 
 def _scale(out: Tensor, own: OutputGain) -> None:

@@ -17,29 +17,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from loramux.engine.adapters.weights import LanePool
-from loramux.engine.kernels.attention import KVCache, paged_attention, write_kv
+from loramux.engine.kernels.attention import Angles, Attention, KVCache
 from loramux.engine.kernels.tables import TableSegment, change_embedding, change_logits
+from loramux.engine.layers.activation import Activation
 from loramux.engine.layers.linear import Linear, LoraLinear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
-from loramux.engine.layers.rotary import Rotary, rotate
+from loramux.engine.layers.rotary import Rotary
 from loramux.engine.model_input import ModelInput
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig, Site
 from loramux.engine.models.weights import Checkpoint, head_weight
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     norm_1: Norm
     qkv: LoraLinear
-    q_norm: RMSNorm | None
-    k_norm: RMSNorm | None
+    head_norms: tuple[RMSNorm, RMSNorm] | None  # of q's and k's heads
     attn_out: LoraLinear
     norm_2: Norm
     mlp_in: LoraLinear
@@ -55,6 +48,7 @@ class Decoder:
         config: ModelConfig,
         checkpoint: Checkpoint,
         lanes: LanePool,
+        attention: Attention,
         *,
         max_len: int,
         dtype: torch.dtype,
@@ -67,6 +61,7 @@ class Decoder:
             UnsupportedModel: a tensor is missing, has another shape, or has no place here.
         """
         self.config = config
+        self._attention = attention
         self._load = _WeightLoader(config, checkpoint)
         embed = (config.vocab_size, config.embed_dim)
         self._embedding = checkpoint.take(f"{config.embedding_module}.weight", embed)
@@ -88,7 +83,7 @@ class Decoder:
         is_tied = name != f"{HEAD_MODULE}.weight"
         self._lm_head = Linear(self._embedding if is_tied else checkpoint.take(name, embed))
         checkpoint.check_all_used(may_remain=(f"{HEAD_MODULE}.weight",))
-        self._activation = _ACTIVATIONS[config.activation]
+        self._activation = Activation(config.activation, is_gated=config.gated_mlp)
 
     @property
     def needs_lengths(self) -> bool:
@@ -103,9 +98,12 @@ class Decoder:
         """
         x = self._embed(batch)
         angles = self._rotary.angles(batch.positions, batch.rope_lengths) if self._rotary else None
+        delta: Tensor | None = None  # the last sub-layer's output, not yet added to x
         for layer, cache in zip(self._layers, caches, strict=True):
-            x = self._run_layer(layer, x, batch, cache, angles)
+            x, delta = self._run_layer(layer, x, delta, batch, cache, angles)
         x = x[batch.logits_index]
+        if delta is not None:
+            x += delta[batch.logits_index]
         if self._norm is not None:
             x = self._norm(x)
         return self._project_out(x) if self._project_out is not None else x
@@ -129,15 +127,18 @@ class Decoder:
         self,
         layer: _Layer,
         x: Tensor,
+        delta: Tensor | None,
         batch: ModelInput,
         cache: KVCache,
-        angles: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
+        angles: Angles | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer: the residual stream (changed in place) and what is still to be added to it."""
         if self.config.post_norm:
-            x = layer.norm_1(x + self._attend(layer, x, batch, cache, angles))
-            return layer.norm_2(x + self._mlp(layer, x, batch))
-        x = x + self._attend(layer, layer.norm_1(x), batch, cache, angles)
-        return x + self._mlp(layer, layer.norm_2(x), batch)
+            x = layer.norm_1.after_add(x, self._attend(layer, x, batch, cache, angles))
+            return layer.norm_2.after_add(x, self._mlp(layer, x, batch)), None
+        normed = layer.norm_1(x) if delta is None else layer.norm_1.after_add(x, delta)
+        normed = layer.norm_2.after_add(x, self._attend(layer, normed, batch, cache, angles))
+        return x, self._mlp(layer, normed, batch)
 
     def _attend(
         self,
@@ -145,29 +146,15 @@ class Decoder:
         x: Tensor,
         batch: ModelInput,
         cache: KVCache,
-        angles: tuple[Tensor, Tensor] | None,
+        angles: Angles | None,
     ) -> Tensor:
-        c = self.config
-        qkv = layer.qkv(x, batch.lora).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        write_kv(cache, k, v, batch.attention.write_rows)
-        out = paged_attention(
-            q.contiguous(), cache, batch.attention, scale=c.head_dim**-0.5, window=layer.window
-        )
+        qkv = layer.qkv(x, batch.lora)
+        q = self._attention.store(qkv, angles, layer.head_norms, cache, batch.attention)
+        out = self._attention.attend(q, cache, batch.attention, window=layer.window)
         return layer.attn_out(out, batch.lora)
 
     def _mlp(self, layer: _Layer, x: Tensor, batch: ModelInput) -> Tensor:
-        inner = layer.mlp_in(x, batch.lora)
-        if self.config.gated_mlp:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = self._activation(gate) * up
-        else:
-            inner = self._activation(inner)
-        return layer.mlp_out(inner, batch.lora)
+        return layer.mlp_out(self._activation(layer.mlp_in(x, batch.lora)), batch.lora)
 
 
 class _WeightLoader:
@@ -186,8 +173,7 @@ class _WeightLoader:
         return _Layer(
             norm_1=self.norm(prefix + c.norm_names[0]),
             qkv=qkv,
-            q_norm=self._head_norm(prefix + "self_attn.q_norm") if c.qk_norm else None,
-            k_norm=self._head_norm(prefix + "self_attn.k_norm") if c.qk_norm else None,
+            head_norms=self._head_norms(prefix) if c.qk_norm else None,
             attn_out=attn_out,
             norm_2=self.norm(prefix + c.norm_names[1]),
             mlp_in=mlp_in,
@@ -212,9 +198,10 @@ class _WeightLoader:
         wide_to_narrow = self._checkpoint.take(f"{c.root}.project_out.weight", (c.embed_dim, c.hidden_size))
         return Linear(narrow_to_wide), Linear(wide_to_narrow)
 
-    def _head_norm(self, name: str) -> RMSNorm:
-        weight = self._checkpoint.take(f"{name}.weight", (self._config.head_dim,))
-        return RMSNorm(weight, self._config.norm_eps)
+    def _head_norms(self, prefix: str) -> tuple[RMSNorm, RMSNorm]:
+        c, take = self._config, self._checkpoint.take
+        q, k = (take(f"{prefix}self_attn.{x}_norm.weight", (c.head_dim,)) for x in "qk")
+        return RMSNorm(q, c.norm_eps), RMSNorm(k, c.norm_eps)
 
     def _site(self, prefix: str, site: Site) -> Linear:
         take = self._checkpoint.take

@@ -1,3 +1,5 @@
+"""Both attentions, plain torch and compiled, against the reference, through the engine's own seams."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,13 +8,33 @@ import torch
 from loramux.engine.adapters.lanes import LaneTable
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager
-from loramux.engine.kernels.attention import KVCache, paged_attention, reference_attention, write_kv
-from loramux.engine.model_input import InputBuilder
+from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention, reference_attention
+from loramux.engine.kernels.cpu.backend import CpuAttention, supports
+from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from loramux.engine.sequence import Sequence
 from loramux.engine.types import Request, TokenSampling
 
-KV_HEADS, HEADS, DIM, BLOCK, BLOCKS = 2, 6, 8, 4, 128
+KV_HEADS, HEADS, DIM, BLOCK, BLOCKS = 2, 6, 32, 16, 256
+
+SHAPE = AttentionShape(
+    num_heads=HEADS,
+    num_kv_heads=KV_HEADS,
+    head_dim=DIM,
+    block_size=BLOCK,
+    windows=(None, 5),
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+BACKENDS = [TorchAttention, CpuAttention]
+WORK = [
+    [(0, 7)],
+    [(0, 200)],  # more than one query block
+    [(9, 4), (16, 16), (3, 2)],
+    [(0, 1), (1, 1), (15, 1), (16, 1), (60, 1), (61, 1), (300, 1)],  # groups of different length
+    [(5, 1), (0, 9), (31, 1), (12, 2)],
+    [(i, 1) for i in range(40)],  # enough rows for several threads
+]
 
 
 def sequence(name: str, num_tokens: int, blocks: BlockManager) -> Sequence:
@@ -24,56 +46,76 @@ def sequence(name: str, num_tokens: int, blocks: BlockManager) -> Sequence:
     return seq
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(
-    "work",
-    [
-        [(0, 7)],
-        [(0, 200)],  # more than one query block
-        [(9, 4), (16, 16), (3, 1)],
-        [(0, 1), (1, 1), (15, 1), (16, 1), (60, 1), (61, 1), (300, 1)],  # groups of different length
-        [(5, 1), (0, 9), (31, 1), (12, 2)],
-    ],
-    ids=["prompt", "long prompt", "chunks", "decode", "mixed"],
-)
-def test_paged_attention_equals_the_reference(work: list[tuple[int, int]], window: int | None) -> None:
-    torch.manual_seed(0)
-    blocks = BlockManager(BLOCKS, BLOCK)
-    cache = KVCache(torch.randn(BLOCKS, KV_HEADS, BLOCK, DIM), torch.randn(BLOCKS, KV_HEADS, BLOCK, DIM))
-    blocks.allocate(3)  # so that block ids and positions differ
-    items = [
-        ScheduledSequence(sequence(str(i), start + count, blocks), start, count)
-        for i, (start, count) in enumerate(work)
-    ]
-    builder = InputBuilder(
-        block_size=BLOCK,
-        num_kv_heads=KV_HEADS,
-        windows=(window, None),
-        needs_lengths=False,
+def make_builder(attention: Attention) -> InputBuilder:
+    return InputBuilder(
+        attention=attention,
+        needs_lengths=True,
+        has_compiled_lora=False,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+
+
+def run(attention: Attention, work: list[tuple[int, int]], window: int | None) -> list[torch.Tensor]:
+    """Compute every sequence's earlier tokens first, then the work; returns its rows by sequence."""
+    torch.manual_seed(0)
+    blocks = BlockManager(BLOCKS, BLOCK)
+    blocks.allocate(3)  # so that block ids and positions differ
+    cache = attention.empty_cache(BLOCKS)
+    builder = make_builder(attention)
+    seqs = [sequence(str(i), start + count, blocks) for i, (start, count) in enumerate(work)]
+    qkv = [torch.randn(seq.num_tokens, HEADS + 2 * KV_HEADS, DIM) for seq in seqs]
+    earlier = [ScheduledSequence(s, 0, start) for s, (start, _) in zip(seqs, work, strict=True) if start]
+    if earlier:
+        compute(attention, cache, builder.build(ScheduledBatch(earlier)), qkv, None)
+    items = [ScheduledSequence(s, start, n) for s, (start, n) in zip(seqs, work, strict=True)]
     inputs = builder.build(ScheduledBatch(items))
-    total = sum(item.count for item in items)
-    q, k, v = (torch.randn(total, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
-
-    write_kv(cache, k, v, inputs.attention.write_rows)
-    out = paged_attention(q, cache, inputs.attention, scale=DIM**-0.5, window=window)
-
-    first = 0
-    for item in inputs.order:
-        keys, values = (
-            torch.cat([c[b].transpose(0, 1) for b in item.seq.block_ids])[: item.end]
-            for c in (cache.k, cache.v)
+    out = compute(attention, cache, inputs, qkv, window)
+    rows = dict(
+        zip(
+            (item.seq.request_id for item in inputs.order),
+            torch.split(out, [i.count for i in inputs.order]),
+            strict=True,
         )
-        tokens = slice(first, first + item.count)
-        assert torch.equal(keys[item.start :], k[tokens])
-        expected = reference_attention(q[tokens], keys, values, start=item.start, window=window)
-        torch.testing.assert_close(out[tokens], expected.reshape(item.count, -1), rtol=1e-4, atol=1e-5)
-        first += item.count
+    )
+    for i, (start, count) in enumerate(work):
+        q, k, v = torch.split(qkv[i], [HEADS, KV_HEADS, KV_HEADS], dim=1)
+        expected = reference_attention(q[start:], k, v, start=start, window=window)
+        torch.testing.assert_close(rows[str(i)], expected.reshape(count, -1), rtol=1e-4, atol=1e-5)
+    return [rows[str(i)] for i in range(len(work))]
 
 
-def test_scheduler_and_builder_agree_on_the_token_order() -> None:
+def compute(
+    attention: Attention, cache: object, inputs: ModelInput, qkv: list[torch.Tensor], window: int | None
+) -> torch.Tensor:
+    batch = torch.cat([qkv[int(i.seq.request_id)][i.start : i.end] for i in inputs.order])
+    q = attention.store(batch.view(len(batch), -1).clone(), None, None, cache, inputs.attention)  # type: ignore[arg-type]
+    return attention.attend(q, cache, inputs.attention, window=window)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("work", WORK, ids=["prompt", "long prompt", "chunks", "decode", "mixed", "many"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_equals_the_reference(
+    backend: type[TorchAttention] | type[CpuAttention], work: list[tuple[int, int]], window: int | None
+) -> None:
+    run(backend(SHAPE), work, window)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_supported"),
+    [({}, True), ({"head_dim": 16}, False), ({"block_size": 8}, False), ({"dtype": torch.float16}, False)],
+)
+def test_compiled_attention_takes_only_what_it_can(change: dict[str, object], is_supported: bool) -> None:
+    fields = {name: getattr(SHAPE, name) for name in SHAPE.__slots__}
+
+    assert supports(AttentionShape(**{**fields, **change})) is is_supported
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scheduler_and_builder_agree_on_the_token_order(
+    backend: type[TorchAttention] | type[CpuAttention],
+) -> None:
     scheduler = Scheduler(
         blocks=BlockManager(64, BLOCK),
         adapters=AdapterStore(LaneTable(8)),
@@ -85,18 +127,10 @@ def test_scheduler_and_builder_agree_on_the_token_order() -> None:
         scheduler.add(
             Request(request_id=name, prompt_token_ids=prompt, sampling=TokenSampling(max_tokens=2)), 0.0
         )
-    builder = InputBuilder(
-        block_size=BLOCK,
-        num_kv_heads=KV_HEADS,
-        windows=(None,),
-        needs_lengths=True,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
     batch = scheduler.schedule(0.0)
     assert batch is not None
 
-    inputs = builder.build(batch)
+    inputs = make_builder(backend(SHAPE)).build(batch)
 
     assert inputs.token_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]
     assert inputs.positions.tolist() == inputs.token_ids.tolist()

@@ -27,6 +27,7 @@ from loramux.engine.kernels.cpu.intrinsics import (
     copy_row,
     exp_in_place,
     item_size,
+    prefetch_block,
     vector_max,
 )
 from loramux.engine.kernels.cpu.vector_ir import LANES
@@ -68,66 +69,113 @@ def attend_range(
         ends: tokens of each sequence, the new one included
         tokens: which row of q belongs to each sequence
         window: sliding window in tokens, 0 for full attention
-        scratch: float32, 2 * group * head_dim + group * 16 * (longest table)
+        scratch: float32, 2 * group * head_dim + group * 16 * (longest table): queries, sums, scores
     """
-    heads = len(group)
-    head_dim = len(vectors) * LANES
-    item = item_size(dtype)
-    row_bytes = heads * head_dim * item
-    block_bytes = head_dim * BLOCK * item
-    queries = scratch.ctypes.data
-    sums = queries + heads * head_dim * 4
-    scores = sums + heads * head_dim * 4
-    score_bytes = heads * BLOCK * 4
+    heads, head_dim = len(group), len(vectors) * LANES
+    row_bytes = heads * head_dim * item_size(dtype)
+    scores = 2 * heads * head_dim  # where they start in scratch
     for work in range(begin, end):
-        seq = work // kv_heads
-        head = work % kv_heads
+        seq, head = work // kv_heads, work % kv_heads
         first = max(0, ends[seq] - window) if window else 0
-        first_block = first // BLOCK
-        num_blocks = (ends[seq] + BLOCK - 1) // BLOCK - first_block
-        table = indptr[seq] + first_block
+        skipped = first // BLOCK  # blocks before the window
+        num_blocks = (ends[seq] + BLOCK - 1) // BLOCK - skipped
+        table = block_ids[indptr[seq] + skipped : indptr[seq] + skipped + num_blocks]
         row = (tokens[seq] * kv_heads + head) * row_bytes
-        # queries as [head_dim, heads], so that the heads of one d lie side by side
-        copy_row(dtype, np.float32(0), heads * head_dim, q + row, sums, scale)
-        for g in range(heads):
-            for d in range(head_dim):
-                scratch[d * heads + g] = scratch[(heads + g) * head_dim + d]
-        for i in range(num_blocks):
-            block = block_ids[table + i] * kv_heads + head
-            attend_scores(dtype, group, vectors, queries, k + block * block_bytes, scores + i * score_bytes)
-        _hide(
-            scratch,
-            2 * heads * head_dim,
-            heads,
-            num_blocks,
-            first - first_block * BLOCK,
-            ends[seq] - first_block * BLOCK,
-        )
-        for g in range(heads):
-            best = NEVER
-            for i in range(num_blocks):
-                best = max(best, vector_max(scores + i * score_bytes + g * BLOCK * 4))
-            total = np.float32(0)
-            for i in range(num_blocks):
-                total += exp_in_place(scores + i * score_bytes + g * BLOCK * 4, best)
-            scratch[g] = np.float32(1) / total  # the queries are not needed any more
-        scratch[heads * head_dim : 2 * heads * head_dim] = 0
-        for i in range(num_blocks):
-            block = block_ids[table + i] * kv_heads + head
-            attend_values(dtype, group, vectors, scores + i * score_bytes, v + block * block_bytes, sums)
-        for g in range(heads):
-            offset = g * head_dim
-            copy_row(np.float32(0), dtype, head_dim, sums + offset * 4, out + row + offset * item, scratch[g])
+        _take_queries(dtype, heads, head_dim, q + row, scratch, scale)
+        _score(dtype, group, vectors, k, v, table, kv_heads, head, scratch)
+        _hide(scratch, scores, heads, num_blocks, first - skipped * BLOCK, ends[seq] - skipped * BLOCK)
+        _normalise(scratch, scores, heads, num_blocks)
+        _sum_values(dtype, group, vectors, v, table, kv_heads, head, scratch)
+        _give(dtype, heads, head_dim, out + row, scratch)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _hide(scratch: Floats, base: int, heads: int, num_blocks: int, low: int, high: int) -> None:
+def _take_queries(dtype: Dtype, heads: int, head_dim: int, q: Address, scratch: Floats, scale: float) -> None:
+    """Queries as [head_dim, heads], so that the heads of one d lie side by side."""
+    sums = scratch.ctypes.data + heads * head_dim * 4
+    copy_row(dtype, np.float32(0), heads * head_dim, q, sums, scale)
+    for g in range(heads):
+        for d in range(head_dim):
+            scratch[d * heads + g] = scratch[(heads + g) * head_dim + d]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _score(
+    dtype: Dtype,
+    group: Size,
+    vectors: Size,
+    k: Address,
+    v: Address,
+    table: Ints,
+    kv_heads: int,
+    head: int,
+    scratch: Floats,
+) -> None:
+    """Scores of every block; what is read next is asked for meanwhile."""
+    heads, head_dim = len(group), len(vectors) * LANES
+    block_bytes = head_dim * BLOCK * item_size(dtype)
+    queries = scratch.ctypes.data
+    scores = queries + 2 * heads * head_dim * 4
+    last = len(table) - 1
+    for i in range(len(table)):
+        block = (table[i] * kv_heads + head) * block_bytes
+        prefetch_block(dtype, vectors, k + (table[min(i + 1, last)] * kv_heads + head) * block_bytes)
+        prefetch_block(dtype, vectors, v + block)
+        attend_scores(dtype, group, vectors, queries, k + block, scores + i * heads * BLOCK * 4)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _hide(scratch: Floats, scores: int, heads: int, num_blocks: int, low: int, high: int) -> None:
     """Scores of tokens before `low` and from `high` on become NEVER."""
     for g in range(heads):
         for t in range(low):
-            scratch[base + g * BLOCK + t] = NEVER
+            scratch[scores + g * BLOCK + t] = NEVER
         for t in range(high - (num_blocks - 1) * BLOCK, BLOCK):
-            scratch[base + ((num_blocks - 1) * heads + g) * BLOCK + t] = NEVER
+            scratch[scores + ((num_blocks - 1) * heads + g) * BLOCK + t] = NEVER
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _normalise(scratch: Floats, scores: int, heads: int, num_blocks: int) -> None:
+    """Scores become exp(score - best); 1 / their sum goes where the queries were, one a head."""
+    base = scratch.ctypes.data + scores * 4
+    for g in range(heads):
+        best = NEVER
+        for i in range(num_blocks):
+            best = max(best, vector_max(base + (i * heads + g) * BLOCK * 4))
+        total = np.float32(0)
+        for i in range(num_blocks):
+            total += exp_in_place(base + (i * heads + g) * BLOCK * 4, best)
+        scratch[g] = np.float32(1) / total
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _sum_values(
+    dtype: Dtype,
+    group: Size,
+    vectors: Size,
+    v: Address,
+    table: Ints,
+    kv_heads: int,
+    head: int,
+    scratch: Floats,
+) -> None:
+    heads, head_dim = len(group), len(vectors) * LANES
+    block_bytes = head_dim * BLOCK * item_size(dtype)
+    sums = scratch.ctypes.data + heads * head_dim * 4
+    scores = sums + heads * head_dim * 4
+    scratch[heads * head_dim : 2 * heads * head_dim] = 0
+    for i in range(len(table)):
+        block = (table[i] * kv_heads + head) * block_bytes
+        attend_values(dtype, group, vectors, scores + i * heads * BLOCK * 4, v + block, sums)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _give(dtype: Dtype, heads: int, head_dim: int, out: Address, scratch: Floats) -> None:
+    """The sums, each head times its factor, rounded."""
+    sums = scratch.ctypes.data + heads * head_dim * 4
+    for g in range(heads):
+        target = out + g * head_dim * item_size(dtype)
+        copy_row(np.float32(0), dtype, head_dim, sums + g * head_dim * 4, target, scratch[g])
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from loramux.engine.kernels.cpu.vector_ir import LANES, Builder, Value, Vectors
 
+CACHE_LINE: Final = 64  # bytes
 BLOCK: Final = 16  # tokens of a KV block: one vector
 
 Dtype = np.uint16 | np.float32
@@ -44,6 +45,20 @@ def item_size(typing: Any, dtype: Any) -> tuple[Any, Any]:
         return ir.Constant(_I64, dtype.bitwidth // 8)
 
     return types.int64(dtype), codegen
+
+
+@intrinsic
+def prefetch_block(typing: Any, dtype: Any, vectors: Any, block: Any) -> tuple[Any, Any]:
+    """Ask for the [16, head_dim] elements at address `block`, which are read soon."""
+    num_bytes = vectors.count * LANES * BLOCK * dtype.bitwidth // 8
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        for offset in range(0, num_bytes, CACHE_LINE):
+            v.prefetch(args[2], offset)
+        return context.get_dummy_value()
+
+    return types.void(dtype, vectors, types.int64), codegen
 
 
 @intrinsic

@@ -2,7 +2,8 @@
 
 The plain-torch forms stand in `loramux.engine.layers` (norm, rotary) and `models/decoder.py`; these
 do the same arithmetic with the same roundings, without a dispatch and a temporary for every operator.
-Addresses are `Tensor.data_ptr()`; shapes and contiguity are the callers' promise.
+Addresses are `Tensor.data_ptr()`; shapes and contiguity are the callers' promise. Each kernel does rows
+[begin, end); its `_parallel` form splits them at `bounds` between threads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import njit, prange
 
 from loramux.engine.kernels.cpu.intrinsics import (
     BLOCK,
@@ -35,9 +36,10 @@ def rms_norm(
     delta: Address,
     weight: Address,
     out: Address,
-    num_rows: int,
     width: int,
     eps: float,
+    begin: int,
+    end: int,
 ) -> None:
     """x += delta (unless delta is 0); out = x / sqrt(mean(x²) + eps) * weight, a row at a time.
 
@@ -46,12 +48,28 @@ def rms_norm(
         weight: address of [width]
     """
     row_bytes = width * item_size(dtype)
-    for row in range(num_rows):
+    for row in range(begin, end):
         offset = row * row_bytes
         step = delta + offset if delta else 0
         squares = sum_of_squares(dtype, width, x + offset, step)
         scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
         scale_row(dtype, width, x + offset, weight, out + offset, scale)
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def rms_norm_parallel(
+    dtype: Dtype,
+    x: Address,
+    delta: Address,
+    weight: Address,
+    out: Address,
+    width: int,
+    eps: float,
+    bounds: Ints,
+) -> None:
+    """`rms_norm` in several threads."""
+    for i in prange(len(bounds) - 1):
+        rms_norm(dtype, x, delta, weight, out, width, eps, bounds[i], bounds[i + 1])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -69,8 +87,9 @@ def rotate_and_store(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    k_rows: Storage,
-    v_rows: Storage,
+    rows: Storage,
+    begin: int,
+    end: int,
 ) -> None:
     """Per token: RMS-normalise the heads of q and k (if weights are given), rotate them in place, and
     write k and v into the cache.
@@ -82,12 +101,11 @@ def rotate_and_store(
         k_cache: [num_blocks, kv_heads, head_dim, 16]; v_cache: [num_blocks, kv_heads, 16, head_dim],
             arrays of the dtype's storage type
         slots: [num_tokens] int64, block * 16 + offset of each token
-        k_rows, v_rows: [num_tokens, kv_heads, head_dim], views of qkv as storage arrays
+        rows: qkv as an array of the storage type
     """
-    item = item_size(dtype)
-    head_bytes = head_dim * item
+    head_bytes = head_dim * item_size(dtype)
     row_bytes = (heads + 2 * kv_heads) * head_bytes
-    for token in range(len(slots)):
+    for token in range(begin, end):
         row = qkv + token * row_bytes
         angle = token * head_bytes
         for h in range(heads + kv_heads):
@@ -102,12 +120,52 @@ def rotate_and_store(
         block, offset = slots[token] // BLOCK, slots[token] % BLOCK
         for h in range(kv_heads):
             for d in range(head_dim):
-                k_cache[block, h, d, offset] = k_rows[token, h, d]
-                v_cache[block, h, offset, d] = v_rows[token, h, d]
+                k_cache[block, h, d, offset] = rows[token, heads + h, d]
+                v_cache[block, h, offset, d] = rows[token, heads + kv_heads + h, d]
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def rotate_and_store_parallel(
+    dtype: Dtype,
+    qkv: Address,
+    cos: Address,
+    sin: Address,
+    q_weight: Address,
+    k_weight: Address,
+    eps: float,
+    k_cache: Storage,
+    v_cache: Storage,
+    slots: Ints,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rows: Storage,
+    bounds: Ints,
+) -> None:
+    """`rotate_and_store` in several threads."""
+    for i in prange(len(bounds) - 1):
+        rotate_and_store(
+            dtype,
+            qkv,
+            cos,
+            sin,
+            q_weight,
+            k_weight,
+            eps,
+            k_cache,
+            v_cache,
+            slots,
+            heads,
+            kv_heads,
+            head_dim,
+            rows,
+            bounds[i],
+            bounds[i + 1],
+        )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def silu_mul(dtype: Dtype, gate_up: Address, out: Address, num_rows: int, width: int) -> None:
+def silu_mul(dtype: Dtype, gate_up: Address, out: Address, width: int, begin: int, end: int) -> None:
     """out = silu(gate) * up, a row at a time.
 
     Args:
@@ -115,6 +173,13 @@ def silu_mul(dtype: Dtype, gate_up: Address, out: Address, num_rows: int, width:
         out: address of [num_rows, width]
     """
     row_bytes = width * item_size(dtype)
-    for row in range(num_rows):
+    for row in range(begin, end):
         gate = gate_up + 2 * row * row_bytes
         silu_mul_row(dtype, width, gate, gate + row_bytes, out + row * row_bytes)
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def silu_mul_parallel(dtype: Dtype, gate_up: Address, out: Address, width: int, bounds: Ints) -> None:
+    """`silu_mul` in several threads."""
+    for i in prange(len(bounds) - 1):
+        silu_mul(dtype, gate_up, out, width, bounds[i], bounds[i + 1])

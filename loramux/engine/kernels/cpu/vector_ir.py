@@ -135,6 +135,15 @@ class Vectors:
         self.b.store(self.const(0.0), slot)
         return slot
 
+    def prefetch(self, address: Value, offset: int) -> None:
+        """Ask for the cache line at address + offset bytes; reading it later costs less."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        pointer = self.b.gep(self.b.inttoptr(address, byte), [self.i64(offset)])
+        read, near, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        self.b.call(function, [pointer, read, near, data])
+
     def _pointer(self, address: Value, index: Value, *, is_half: bool) -> Value:
         element, vector = (_I16, _VEC_I16) if is_half else (_F32, _VEC)
         base = self.b.inttoptr(address, element.as_pointer())
