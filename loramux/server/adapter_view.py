@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from loramux.engine.client import EngineClient
 from loramux.engine.errors import LoramuxError
-from loramux.engine.types import EngineStats
-from loramux.server.adapters import Failure, Row, Version
+from loramux.server.adapters import Failure, Row
 from loramux.server.schemas.adapters import AdapterError, AdapterUpdate, AdapterView, DrainingVersion
 
 
@@ -16,11 +15,12 @@ async def view_rows(rows: Collection[Row], engine: EngineClient) -> list[Adapter
     try:
         stats = await engine.stats()
     except LoramuxError:  # the engine has ended; names are still true
-        stats = None
-    return [_view(row, stats) for row in rows]
+        return [_view(row, None) for row in rows]
+    tiers = {**dict.fromkeys(stats.host_adapters, "host"), **dict.fromkeys(stats.device_adapters, "device")}
+    return [_view(row, tiers) for row in rows]
 
 
-def _view(row: Row, stats: EngineStats | None) -> AdapterView:
+def _view(row: Row, tiers: Mapping[str, str] | None) -> AdapterView:
     version = row.current or (row.draining[-1] if row.draining else None)
     update = None
     if row.loading is not None:
@@ -53,7 +53,7 @@ def _view(row: Row, stats: EngineStats | None) -> AdapterView:
         num_modules=len(spec.modules),
         modules=sorted({module.module.rpartition(".")[2] for module in spec.modules}),
         bytes=spec.nbytes,
-        tier=_tier(version, stats),
+        tier=None if tiers is None else tiers.get(ref.digest, "disk"),
         pinned=ref.pinned,
         origin=ref.origin,
         leases=version.leases,
@@ -74,12 +74,3 @@ def _error(failure: Failure) -> AdapterError:
         at=failure.at,
         retry_at=failure.retry_at,
     )
-
-
-def _tier(version: Version, stats: EngineStats | None) -> str | None:
-    if stats is None:
-        return None
-    digest = version.ref.digest
-    if digest in stats.device_adapters:
-        return "device"
-    return "host" if digest in stats.host_adapters else "disk"

@@ -66,25 +66,33 @@ class Journal:
                 raise InvalidConfig(message, param="--state-dir")
             for left in folder.glob(f"{_FILE}.*"):  # of a write that a crash cut off
                 left.unlink()
-            path = folder / _FILE
-            data = path.read_bytes() if path.exists() else msgspec.json.encode(_Content())
-            content = msgspec.json.decode(data, type=_Content)
-        except (OSError, msgspec.DecodeError) as error:
+        except OSError as error:
             raise InvalidConfig(f"--state-dir {folder}: {error}", param="--state-dir") from error
-        if content.format != _FORMAT:
-            message = f"{path} has format {content.format}; this version reads format {_FORMAT}"
-            raise InvalidConfig(message, param="--state-dir")
-        return cls(folder, content, lock)
+        try:
+            return cls(folder, _read(folder / _FILE), lock)
+        except InvalidConfig:
+            lock.release()
+            raise
 
     async def record(self, entry: JournalEntry) -> None:
         """Write down that an adapter is loaded; returns when it is on the disk.
 
         Raises:
-            AdapterUnavailable: the disk refused.
+            AdapterUnavailable: the disk refused; it is as if nobody had asked.
         """
+        before = self.entries.get(entry.name)
         self.entries[entry.name] = entry
+        was_removed = entry.name in self.removed
         self.removed.discard(entry.name)
-        await self._save()
+        try:
+            await self._save()
+        except AdapterUnavailable:
+            self.entries.pop(entry.name)
+            if before is not None:
+                self.entries[entry.name] = before
+            if was_removed:
+                self.removed.add(entry.name)
+            raise
 
     async def forget(self, name: str, *, remember_removal: bool = False) -> None:
         """Write down that an adapter is gone; `remember_removal` if a flag would bring it back."""
@@ -118,3 +126,15 @@ class Journal:
                     f"the journal in {self.folder} (--state-dir) cannot be written: {error.strerror}"
                 ) from error
             self._num_written = written
+
+
+def _read(path: Path) -> _Content:
+    try:
+        data = path.read_bytes() if path.exists() else msgspec.json.encode(_Content())
+        content = msgspec.json.decode(data, type=_Content)
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidConfig(f"{path} (in --state-dir): {error}", param="--state-dir") from error
+    if content.format != _FORMAT:
+        message = f"{path} has format {content.format}; this version reads format {_FORMAT}"
+        raise InvalidConfig(message, param="--state-dir")
+    return content

@@ -44,6 +44,16 @@ def own_server(text_model: Path) -> Iterator[RunningServer]:
         yield server
 
 
+def test_an_open_stream_of_adapter_events_does_not_hold_the_server_back(own_server: RunningServer) -> None:
+    with own_server.client() as http, http.stream("GET", "/v1/lora_adapters/events") as response:
+        lines = response.iter_lines()
+        assert next(lines) == ": connected"
+
+        assert own_server.stop() == 0
+
+        assert [line for line in lines if line.startswith("data")] == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_server_cleanly(own_server: RunningServer, number: signal.Signals) -> None:
     engine = own_server.engine_pid()
