@@ -85,6 +85,14 @@ TABLES: dict[str, Recipe] = {
     ),
     "rows": ("llama", {"r": 8, "targets": ["q_proj"], "trainable_token_indices": [130, 5, 64, 17]}),
     "rows-tied-base": ("qwen3", {"r": 8, "targets": ["q_proj"], "trainable_token_indices": [*range(3, 60)]}),
+    "rows-tied-in-name-only": (
+        "llama-tied-in-name-only",
+        {"r": 8, "targets": ["q_proj"], "trainable_token_indices": [*range(3, 60)]},
+    ),
+    "dora-head-tied-in-name-only": (
+        "llama-tied-in-name-only",
+        {"r": 8, "targets": ["q_proj", "lm_head"], "use_dora": True},
+    ),
     "rows-of-the-head": (
         "llama",
         {"r": 8, "targets": ["q_proj"], "trainable_token_indices": {"lm_head": list(range(40, 3, -2))}},

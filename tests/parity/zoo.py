@@ -33,6 +33,11 @@ def _store_rotary_buffers(folder: Path) -> None:
     rewrite_tensors(folder, extra={name: torch.rand(6) for name in names})
 
 
+def _store_another_head(folder: Path) -> None:
+    head = 0.4 * torch.randn(131, 48, generator=torch.Generator().manual_seed(0))
+    rewrite_tensors(folder, extra={"lm_head.weight": head})
+
+
 _LLAMA3 = _rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
@@ -42,6 +47,7 @@ _SLIDING = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers
 VARIATIONS: dict[str, Variation] = {
     **{family: Variation(family, {}) for family in FAMILIES},
     "llama-tied": Variation("llama", {"tie_word_embeddings": True}),
+    "llama-tied-in-name-only": Variation("llama", {"tie_word_embeddings": True}, _store_another_head),
     "llama-biases": Variation("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mha": Variation("llama", {"num_key_value_heads": 4}),
     "llama-mqa": Variation("llama", {"num_key_value_heads": 1, "vocab_size": 257, "num_hidden_layers": 3}),

@@ -92,10 +92,18 @@ class Checkpoint:
 
 
 def head_weight(config: ModelConfig, checkpoint: Checkpoint) -> str:
-    """Name of the tensor that the output head uses: its own, or the embedding's where they are tied."""
-    name = f"{HEAD_MODULE}.weight"
-    is_tied = config.tie_embeddings or name not in checkpoint
-    return f"{config.embedding_module}.weight" if is_tied else name
+    """Name of the tensor that the output head uses: its own, or the embedding's where they are tied.
+
+    A checkpoint that says "tied" but brings a head of its own with other numbers is not tied, as in
+    transformers 5.
+    """
+    own, shared = f"{HEAD_MODULE}.weight", f"{config.embedding_module}.weight"
+    if own not in checkpoint:
+        return shared
+    if not config.tie_embeddings:
+        return own
+    shape = (config.vocab_size, config.embed_dim)
+    return shared if torch.equal(checkpoint.take(own, shape), checkpoint.take(shared, shape)) else own
 
 
 class BaseWeights:
