@@ -145,28 +145,38 @@ class BringUp:
         """The engine loads and tries the new version; then, in one step, the name is moved to it."""
         name, old = order.name, self.table.current(order.name)
         pinned = order.pinned if order.pinned is not None else (old.pinned if old else False)
+        parent = order.base_model_name or (old.parent if old else None)
         shown = order.shown_source or fetched.source.public
         self._progress_to(name, AdapterState.LOADING, shown)
         await self.copies.take(spec, fetched.lease, pinned=pinned)
+        source, version = fetched.source, _version(order, spec, self.table.next_version(name))
+        if old is not None and outcome is Outcome.UNCHANGED:
+            source, shown, version = PinnedSource(old.uri, old.revision), old.source, old.version
         try:
-            version = _version(order, spec, self.table.next_version(name))
-            if old is not None and outcome is Outcome.UNCHANGED:
-                version = old.version
             if self.journal is not None and order.origin is Origin.API:
-                await self.journal.record(_entry(order, fetched.source, spec, version, pinned))
+                entry = JournalEntry(
+                    name=name,
+                    source=source.uri,
+                    shown_source=shown,
+                    digest=spec.digest,
+                    version=version,
+                    pinned=pinned,
+                    base_model_name=parent,
+                )
+                await self.journal.record(entry)
         except BaseException:
             self.copies.give_back(spec.digest)
             raise
         if old is not None and outcome is Outcome.UNCHANGED:
             self.copies.give_back(spec.digest)
             self.table.settle(name)
-            return Loaded(self.table.amend(name, pinned=pinned), outcome)
+            return Loaded(self.table.amend(name, pinned=pinned, origin=order.origin), outcome)
         leases = self.table.leases_of(old) if old else 0
         ref = self.table.publish(
             name,
             spec,
             source=shown,
-            base_model_name=order.base_model_name,
+            base_model_name=parent,
             uri=fetched.source.uri,
             revision=fetched.source.revision,
             pinned=pinned,
@@ -194,17 +204,3 @@ def _version(order: LoadOrder, spec: AdapterSpec, following: int) -> int:
         return following
     version, digest = order.last
     return max(following, version if digest == spec.digest else version + 1)
-
-
-def _entry(
-    order: LoadOrder, source: PinnedSource, spec: AdapterSpec, version: int, pinned: bool
-) -> JournalEntry:
-    return JournalEntry(
-        name=order.name,
-        source=source.uri,
-        digest=spec.digest,
-        version=version,
-        shown_source=order.shown_source,
-        pinned=pinned,
-        base_model_name=order.base_model_name,
-    )

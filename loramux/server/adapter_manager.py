@@ -8,6 +8,7 @@ until then requests get what they got before. What a name leaves behind goes whe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -256,6 +257,9 @@ class AdapterManager:
     async def _see_off(self, ref: AdapterRef, freeing: asyncio.Task[FreedMemory | None]) -> None:
         freed = await freeing
         self.events.gone(ref, freed)
+        if self.journal is not None:
+            with contextlib.suppress(AdapterUnavailable):  # told to who made the change
+                await self.journal.written()  # first it is no longer wanted, then it may be deleted
         self.on_gone(ref)
         gone = self._leaving.pop((ref.name, ref.version), None)
         if gone is not None and not gone.done():

@@ -281,11 +281,11 @@ class AdapterTable:
         ref = self.current(name)
         return 1 + (ref.version if ref else self._last_versions.get(name, 0))
 
-    def amend(self, name: str, *, pinned: bool) -> AdapterRef:
-        """The current version is pinned from now on, or no longer."""
+    def amend(self, name: str, *, pinned: bool, origin: Origin) -> AdapterRef:
+        """The current version is pinned from now on, or no longer, and wanted by somebody else."""
         row = self._rows[name]
         assert row.current is not None, f"{name} has no current version"
-        row.current.ref = replace(row.current.ref, pinned=pinned)
+        row.current.ref = replace(row.current.ref, pinned=pinned, origin=origin)
         return row.current.ref
 
     def settle(self, name: str) -> None:

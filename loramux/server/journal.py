@@ -106,10 +106,20 @@ class Journal:
         """Let another server have the folder."""
         self._file_lock.release()
 
+    async def written(self) -> None:
+        """Return when every change so far is on the disk.
+
+        Raises:
+            AdapterUnavailable: the disk refused.
+        """
+        await self._write(self._num_changes)
+
     async def _save(self) -> None:
-        """Changes that come while the disk is busy are written together."""
         self._num_changes += 1
-        wanted = self._num_changes
+        await self._write(self._num_changes)
+
+    async def _write(self, wanted: int) -> None:
+        """Changes that come while the disk is busy are written together."""
         async with self._writing:
             if self._num_written >= wanted:
                 return

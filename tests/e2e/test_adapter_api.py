@@ -287,6 +287,7 @@ def test_the_journal_brings_adapters_back_after_a_kill(
         load(http, "org/x y", put_content(world, "journaled", 1), pinned=True)
         load(http, "static", str(world / "content-3"), load_inplace=True)
         assert http.put("/v1/lora_adapters/up", content=weights, headers=upload).status_code == 201
+        assert http.put("/v1/lora_adapters/up", content=weights, headers=upload).status_code == 200
         unload(http, "doomed")
         before = {view["name"]: view for view in http.get("/v1/lora_adapters").json()["data"]}
         first.process.send_signal(signal.SIGKILL)
