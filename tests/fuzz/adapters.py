@@ -9,6 +9,7 @@ file outside of its folder. `tests/fuzz/test_adapters.py` runs a short form.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -101,7 +102,7 @@ class Fuzzer:
             if r.random() < 0.2:
                 config.pop(name, None)
             else:
-                config[name] = r.choice(_VALUES)
+                config[name] = copy.deepcopy(r.choice(_VALUES))
         return json.dumps(config).encode()
 
     def _changed_bytes(self, data: bytes) -> bytes:
@@ -128,9 +129,9 @@ class Fuzzer:
             key = r.choice(list(header))
             action = r.randrange(4)
             if action == 0:
-                header[key] = r.choice(_VALUES)
+                header[key] = copy.deepcopy(r.choice(_VALUES))
             elif action == 1 and isinstance(header[key], dict):
-                header[key][r.choice(["dtype", "shape", "data_offsets", "x"])] = r.choice(_VALUES)
+                header[key][r.choice(["dtype", "shape", "data_offsets", "x"])] = copy.deepcopy(r.choice(_VALUES))
             elif action == 2:
                 header[r.choice(["a", key + "x", "base_model.model.lm_head.weight"])] = header[key]
             else:
