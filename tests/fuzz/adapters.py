@@ -131,7 +131,8 @@ class Fuzzer:
             if action == 0:
                 header[key] = copy.deepcopy(r.choice(_VALUES))
             elif action == 1 and isinstance(header[key], dict):
-                header[key][r.choice(["dtype", "shape", "data_offsets", "x"])] = copy.deepcopy(r.choice(_VALUES))
+                field = r.choice(["dtype", "shape", "data_offsets", "x"])
+                header[key][field] = copy.deepcopy(r.choice(_VALUES))
             elif action == 2:
                 header[r.choice(["a", key + "x", "base_model.model.lm_head.weight"])] = header[key]
             else:
