@@ -232,3 +232,56 @@ def test_command_ends_with_a_clear_line(argv: list[str], code: int, fragment: st
     assert done.returncode == code
     assert fragment in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_where_adapters_come_from_is_set_by_flags_and_environment(tmp_path: Path) -> None:
+    environ = {
+        "VLLM_LORA_RESOLVER_CACHE_DIR": "/resolved",
+        "LORAMUX_OFFLINE": "1",
+        "LORAMUX_MAX_ADAPTER_BYTES": "2K",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
+    }
+    words = ["m", "--enable-lora", f"--state-dir={tmp_path}", "--allowed-local-path", "/a", "/b/../c"]
+    words += ["--lora-modules", "x=/mods/x", "y=hf://org/y", "z=org/z", "--no-lora-modules-strict"]
+    words += ["--max-cpu-loras=20", "--host-lora-bytes=1G", "--no-copy-local-adapters"]
+
+    config = read_config(words, environ)
+
+    adapters = config.adapters
+    assert adapters.allow_runtime_updating
+    assert not adapters.modules_strict
+    assert [module.uri for module in adapters.modules] == ["/mods/x", "hf://org/y", "org/z"]
+    roots = ["/a", "/c", str(tmp_path / "uploads"), "/resolved", "/mods/x"]
+    assert [str(root) for root in adapters.sources.allowed_local_paths] == roots
+    assert (adapters.sources.offline, adapters.sources.copy_local) == (True, False)
+    assert adapters.sources.max_adapter_bytes == 2048
+    assert (config.engine.max_cpu_loras, config.engine.host_lora_bytes) == (20, 1 << 30)
+    assert config.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["--adapters-file=/x"], "--adapters-file needs --enable-lora"),
+        (["--adapter-load-timeout=0"], "--adapter-load-timeout must be greater than 0"),
+        (["--adapters-file-interval=-1"], "--adapters-file-interval must be greater than 0"),
+        (["--max-adapter-bytes=0"], "max_adapter_bytes must be greater than 0"),
+    ],
+)
+def test_wrong_adapter_flags_are_refused(words: list[str], fragment: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        read_config(["m", *words], {})
+    assert fragment in caught.value.message
+
+
+def test_paths_of_the_command_line_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loras" / "a").mkdir(parents=True)
+
+    def uri(path: str) -> str:
+        return AdapterSource(name="x", path=path).uri
+
+    assert uri("loras/a") == uri("./loras/a") == str(tmp_path / "loras" / "a")
+    assert uri("nothing") == str(tmp_path / "nothing")
+    assert uri("org/name@main") == "org/name@main"
+    assert uri("s3://bucket/a") == "s3://bucket/a"

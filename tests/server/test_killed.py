@@ -87,7 +87,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_answered(tmp_path: Path, te
         flags = [str(text_model), "--enable-lora", "--allow-runtime-lora-updating", f"--state-dir={state}"]
         flags += [f"--allowed-local-path={tmp_path}", f"--adapter-store-dir={store}"]
         with running_server(*flags, command=COMMAND) as server, server.client() as http:
-            until(lambda: not any(view["update"] for view in views(http)))  # noqa: B023
+            until(lambda: not any(view["update"] for view in views(http)))
             assert [view["error"] for view in views(http) if view["error"]] == []
             now = {view["name"]: view["digest"] for view in views(http)}
             if kill == 0:
