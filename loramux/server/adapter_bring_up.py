@@ -164,6 +164,8 @@ class BringUp:
                     base_model_name=parent,
                 )
                 await self.journal.record(entry)
+            elif self.journal is not None and order.origin is Origin.FILE:
+                await self.journal.forget(name)  # the file says it from now on
         except BaseException:
             self.copies.give_back(spec.digest)
             raise

@@ -36,9 +36,10 @@ class Flight:
             raise again(error) from error
         return self.task.result()
 
-    async def ended(self) -> None:
-        """Return when it is over, however it ended."""
-        await asyncio.wait([self.task])
+    async def ended(self, timeout_s: float | None = None) -> bool:
+        """Return when it is over, however it ended; False if it is not within the time."""
+        done, _ = await asyncio.wait([self.task], timeout=timeout_s)
+        return bool(done)
 
     async def stop(self) -> None:
         """Give it up."""

@@ -80,35 +80,32 @@ class AdapterManager:
             ModelNotFound: nobody knows it.
             AdapterError: it is known, and cannot be had.
         """
-        lease = self.table.lease(name)
-        if lease is not None:
-            return lease
-        try:
-            async with asyncio.timeout(self._wait_s):
-                return await self._lease_when_loaded(name)
-        except TimeoutError:
-            raise AdapterUnavailable(
-                f"adapter {name!r} is still loading after {self._wait_s:g} s"
-                " (the server's --adapter-load-timeout)",
-                param="model",
-            ) from None
-
-    async def _lease_when_loaded(self, name: str) -> AdapterLease:
+        deadline_s = time.monotonic() + self._wait_s
         while True:
-            flight = self._flights.get(name)
-            if flight is None:
-                self._check_failed_lately(name)
-            if flight is None and self._chain is not None:
-                flight = self._take_off(LoadOrder(name=name, source=None, origin=Origin.RESOLVER))
-            if flight is None:
-                raise self.table.not_found(name)
-            if flight.order.origin is Origin.RESOLVER:
-                await flight.landing()
-            else:  # its errors are its own caller's
-                await flight.ended()
             lease = self.table.lease(name)
             if lease is not None:
                 return lease
+            flight = self._flights.get(name) or self._look_for(name)
+            if not await flight.ended(max(0.0, deadline_s - time.monotonic())):
+                raise AdapterUnavailable(
+                    f"adapter {name!r} is still loading after {self._wait_s:g} s"
+                    " (the server's --adapter-load-timeout)",
+                    param="model",
+                )
+            if flight.order.origin is Origin.RESOLVER:  # the errors of others are their callers'
+                await flight.landing()
+
+    def _look_for(self, name: str) -> Flight:
+        """Start to resolve and load what a request names.
+
+        Raises:
+            ModelNotFound: there are no resolvers.
+            AdapterError: it failed a moment ago.
+        """
+        self._check_failed_lately(name)
+        if self._chain is None:
+            raise self.table.not_found(name)
+        return self._take_off(LoadOrder(name=name, source=None, origin=Origin.RESOLVER))
 
     def _check_failed_lately(self, name: str) -> None:
         row = self.table.row(name)
@@ -161,6 +158,8 @@ class AdapterManager:
             await flight.stop()
         ref = self.table.current(name)
         self.required.discard(name)
+        if self._chain is not None:
+            self._chain.forget(name)
         if ref is None:
             self.table.remove(name)
             if not await self._write_removal(name) and flight is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from loramux.engine.client import EngineClient
-from loramux.engine.errors import AdapterUnavailable, LoramuxError
+from loramux.engine.errors import AdapterUnavailable, InvalidConfig, LoramuxError
 from loramux.engine.types import AdapterSpec
 from loramux.plugins.discovery import load_resolvers
 from loramux.resolvers.base import ResolverContext
@@ -50,8 +50,7 @@ def build_manager(
         served_names: of the base model.
 
     Raises:
-        InvalidConfig: a plugin or the state folder cannot be used.
-        AdapterUnavailable: the local store cannot be used.
+        InvalidConfig: a plugin, the local store or the state folder cannot be used.
     """
     info = engine.info
 
@@ -62,10 +61,7 @@ def build_manager(
     if info.enable_lora and config.allow_runtime_updating:
         resolvers = load_resolvers(ResolverContext(config.environ, config.sources.offline))
         chain = ResolverChain(resolvers, base_model_name=model) if resolvers else None
-    sources = None
-    if info.enable_lora:
-        sources = Sources(config.sources)
-        sources.store.clean()  # of what dead processes left
+    sources = _open_sources(config) if info.enable_lora else None
     bring_up = BringUp(
         AdapterTable(list(served_names)),
         EngineCopies(engine),
@@ -77,6 +73,15 @@ def build_manager(
     )
     static = frozenset(module.name for module in config.modules)
     return AdapterManager(bring_up, static_names=static, wait_s=config.load_timeout_s)
+
+
+def _open_sources(config: AdapterConfig) -> Sources:
+    try:
+        sources = Sources(config.sources)
+        sources.store.clean()  # of what dead processes left
+    except AdapterUnavailable as error:
+        raise InvalidConfig(f"{error.message} (--adapter-store-dir)", param="--adapter-store-dir") from error
+    return sources
 
 
 async def load_modules(
@@ -158,10 +163,12 @@ class Replay:
         self._manager = manager
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
-        """Start every load; from now on requests wait for them."""
+    def start(self, except_for: Collection[str] = ()) -> None:
+        """Start every load, but of those names; from now on requests wait for them."""
         journal = self._manager.journal
         for entry in list(journal.entries.values()) if journal else ():
+            if entry.name in except_for:
+                continue
             if entry.pinned:
                 self._manager.required.add(entry.name)
             self._tasks.append(asyncio.create_task(self._bring_back(entry)))
@@ -190,8 +197,9 @@ class Replay:
                 ref = (await self._manager.load(order)).ref
             except AdapterUnavailable:
                 await asyncio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
-            except LoramuxError:
-                return  # told by the manager; it stays in the journal for the next start
+            except LoramuxError as error:  # it stays in the journal for the next start
+                logger.warning("adapter %r of the journal: %s", entry.name, error.message)
+                return
             else:
                 if ref.digest != entry.digest:
                     logger.warning("adapter %r: its source has changed since the last run", entry.name)

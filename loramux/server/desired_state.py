@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -118,6 +118,11 @@ class DesiredState:
                 self._manager.required.add(entry.wanted.name)
         self._act()
         self._watcher = asyncio.create_task(self._watch())
+
+    @property
+    def names(self) -> Collection[str]:
+        """What the file names."""
+        return self._entries.keys()
 
     async def stop(self) -> None:
         """Leave everything as it is."""

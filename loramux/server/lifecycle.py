@@ -123,10 +123,10 @@ class _Server:
         try:
             adapters = self._config.adapters
             await load_modules(services.manager, adapters.modules, strict=adapters.modules_strict, say=_say)
-            self._replay = Replay(services.manager)
-            self._replay.start()
             if services.desired is not None:
                 services.desired.start()
+            self._replay = Replay(services.manager)
+            self._replay.start(except_for=services.desired.names if services.desired else ())
         except BaseException:
             await self._stop_adapters(services)
             raise

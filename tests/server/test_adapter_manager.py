@@ -13,6 +13,7 @@ from loramux.engine.errors import (
     AdapterError,
     AdapterIncompatible,
     AdapterNotFound,
+    AdapterUnavailable,
     InvalidRequest,
     LoramuxError,
     ModelNotFound,
@@ -209,6 +210,20 @@ async def test_a_caller_who_gives_up_does_not_stop_the_load(tmp_path: Path) -> N
         assert (await world.manager.lease("a")).ref.version == 1
 
 
+async def test_a_request_waits_for_a_load_but_not_for_ever(tmp_path: Path) -> None:
+    async with adapter_world(tmp_path, load_timeout_s=0.05) as world:
+        order = world.order("a", 1)
+        world.adapter(1, base_model_name_or_path="!stuck")
+        loading = asyncio.create_task(world.manager.load(order))
+        await until_told(world, "a", "resolving")
+
+        with pytest.raises(AdapterUnavailable, match="--adapter-load-timeout"):
+            await world.manager.lease("a")
+
+        assert not loading.done()
+        loading.cancel()
+
+
 @pytest.mark.parametrize("name", ["", "tiny", "alias", "a/../b", "a\nb", "x" * 257])
 async def test_a_name_that_no_adapter_may_have_is_refused(tmp_path: Path, name: str) -> None:
     async with adapter_world(tmp_path) as world:
@@ -318,6 +333,16 @@ async def until_told(world: World, name: str, state: str) -> AdapterEvent:
     while state not in world.states(name):
         await asyncio.sleep(0.001)
     return next(event for event in reversed(world.told) if (event.name, event.state) == (name, state))
+
+
+async def test_the_adapters_file_wins_over_the_journal(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with adapter_world(tmp_path, state_dir=state) as world:
+        await world.manager.load(world.order("a", 1))
+        await world.manager.load(world.order("a", 2, if_loaded=IfLoaded.REPLACE, origin=Origin.FILE))
+
+        assert world.manager.journal is not None
+        assert world.manager.journal.entries == {}
 
 
 # Churn

@@ -207,3 +207,10 @@ def test_taken_port_stops_the_start(text_model: Path) -> None:
 
     assert code == 1
     assert f"port {port}" in line
+
+
+def test_store_that_cannot_be_written_stops_the_start_and_names_the_flag(text_model: Path) -> None:
+    code, line = start_fails(str(text_model), "--enable-lora", "--adapter-store-dir=/proc/none")
+
+    assert code == 1
+    assert "(--adapter-store-dir)" in line
