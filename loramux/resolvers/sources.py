@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+from loramux.engine.background import step_back
 from loramux.engine.errors import AdapterError, AdapterIncompatible, AdapterUnavailable
 from loramux.resolvers.base import FetchedAdapter, PinnedSource, ProgressCallback
 from loramux.resolvers.cache import SourceRecord, Store, StoreLease, source_key
@@ -53,7 +54,9 @@ class Sources:
         )
         self._remotes: dict[Scheme, Remote] = {}
         self._flights: dict[str, Flight] = {}
-        self._threads = ThreadPoolExecutor(settings.max_parallel_downloads, thread_name_prefix="fetch")
+        self._threads = ThreadPoolExecutor(
+            settings.max_parallel_downloads, thread_name_prefix="fetch", initializer=step_back
+        )
 
     async def clean(self) -> None:
         """Remove what dead processes left in the store; once, when a server starts."""

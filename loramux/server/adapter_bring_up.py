@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
+from loramux.engine.background import step_back
 from loramux.engine.errors import AdapterIncompatible, InvalidRequest
 from loramux.engine.types import AdapterSpec
 from loramux.resolvers.base import FetchedAdapter, PinnedSource, Progress, ProgressCallback, SourceFetcher
@@ -68,7 +70,9 @@ class BringUp:
         self.chain = chain
         self.journal = journal
         self._inspect = inspect
-        self._inspections = asyncio.Semaphore(_PARALLEL_INSPECTIONS)
+        self._threads = ThreadPoolExecutor(
+            _PARALLEL_INSPECTIONS, thread_name_prefix="inspect", initializer=step_back
+        )
 
     async def run(self, order: LoadOrder) -> Loaded:
         """Bring one adapter up; there must be no other load of the same name.
@@ -115,8 +119,8 @@ class BringUp:
             AdapterIncompatible: it cannot be served, or is not what the order expects.
         """
         self.table.advance(order.name, AdapterState.VERIFYING)
-        async with self._inspections:
-            spec = await asyncio.to_thread(self._inspect, fetched.folder)
+        loop = asyncio.get_running_loop()
+        spec = await loop.run_in_executor(self._threads, self._inspect, fetched.folder)
         if order.digest is not None and order.digest != spec.digest:
             raise AdapterIncompatible(
                 f"digest must be that of the adapter's content, sha256:{spec.digest}, got"

@@ -1,14 +1,13 @@
 """Moves adapters up the tiers in a thread of its own, so that the step loop never waits for a file.
 
-safetensors and torch release the interpreter while they read, convert and copy. The thread asks the
-operating system for a smaller share than the step loop gets, since both use the same cores. What is
+safetensors and torch release the interpreter while they read, convert and copy. The thread steps back
+behind the step loop, since both use the same cores. What is
 finished waits in a queue; a byte on a socket pair wakes a loop that sleeps in a poll.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import select
 import socket
@@ -20,9 +19,8 @@ from enum import Enum
 import torch
 
 from loramux.engine.adapters.weights import HostAdapter
+from loramux.engine.background import step_back
 from loramux.engine.errors import LoramuxError
-
-NICENESS = 5  # of the loader's thread: about a third of the step loop's share of a busy core
 
 
 class JobKind(Enum):
@@ -87,8 +85,7 @@ class AdapterLoader:
         self._wake_write.close()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        step_back()
         torch.set_num_threads(1)  # of this thread: the others belong to the step loop
         while (job := self._jobs.get()) is not None:
             kind, digest, run = job

@@ -38,7 +38,7 @@ Floats = npt.NDArray[np.float32]
 NEVER = np.float32(-1e30)  # a score that exp turns into zero; not -inf, whose difference is NaN
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def attend_range(
     dtype: Dtype,
     group: Size,
@@ -89,7 +89,7 @@ def attend_range(
         _give(dtype, heads, head_dim, out + row, scratch)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _take_queries(dtype: Dtype, heads: int, head_dim: int, q: Address, scratch: Floats, scale: float) -> None:
     """Queries as [head_dim, heads], so that the heads of one d lie side by side."""
     sums = scratch.ctypes.data + heads * head_dim * 4
@@ -99,7 +99,7 @@ def _take_queries(dtype: Dtype, heads: int, head_dim: int, q: Address, scratch: 
             scratch[d * heads + g] = scratch[(heads + g) * head_dim + d]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _score(
     dtype: Dtype,
     group: Size,
@@ -124,7 +124,7 @@ def _score(
         attend_scores(dtype, group, vectors, queries, k + block, scores + i * heads * BLOCK * 4)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _hide(scratch: Floats, scores: int, heads: int, num_blocks: int, low: int, high: int) -> None:
     """Scores of tokens before `low` and from `high` on become NEVER."""
     for g in range(heads):
@@ -134,7 +134,7 @@ def _hide(scratch: Floats, scores: int, heads: int, num_blocks: int, low: int, h
             scratch[scores + ((num_blocks - 1) * heads + g) * BLOCK + t] = NEVER
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _normalise(scratch: Floats, scores: int, heads: int, num_blocks: int) -> None:
     """Scores become exp(score - best); 1 / their sum goes where the queries were, one a head."""
     base = scratch.ctypes.data + scores * 4
@@ -148,7 +148,7 @@ def _normalise(scratch: Floats, scores: int, heads: int, num_blocks: int) -> Non
         scratch[g] = np.float32(1) / total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _sum_values(
     dtype: Dtype,
     group: Size,
@@ -169,7 +169,7 @@ def _sum_values(
         attend_values(dtype, group, vectors, scores + i * heads * BLOCK * 4, v + block, sums)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _give(dtype: Dtype, heads: int, head_dim: int, out: Address, scratch: Floats) -> None:
     """The sums, each head times its factor, rounded."""
     sums = scratch.ctypes.data + heads * head_dim * 4

@@ -29,7 +29,7 @@ Ints = npt.NDArray[np.int64]
 Storage = npt.NDArray[Any]  # uint16 (bfloat16 bits) or float32
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def rms_norm(
     dtype: Dtype,
     x: Address,
@@ -72,7 +72,7 @@ def rms_norm_parallel(
         rms_norm(dtype, x, delta, weight, out, width, eps, bounds[i], bounds[i + 1])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def rotate_and_store(
     dtype: Dtype,
     qkv: Address,
@@ -164,7 +164,7 @@ def rotate_and_store_parallel(
         )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def silu_mul(dtype: Dtype, gate_up: Address, out: Address, width: int, begin: int, end: int) -> None:
     """out = silu(gate) * up, a row at a time.
 
