@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loramux.engine.types import LoraSite
+from loramux.engine.types import LoraSite, TensorRef
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
@@ -63,6 +63,14 @@ def safetensors_bytes(tensors: Tensors) -> bytes:
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(data)]}
         position += len(data)
     return with_header(header, b"".join(data for _, _, data in tensors.values()))
+
+
+def tensor_ref(folder: Path, key: str) -> TensorRef:
+    """Where a tensor of the folder's one weights file lies."""
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8 : 8 + size])[key]
+    return TensorRef(key, WEIGHTS_FILE, entry["dtype"], 8 + size + entry["data_offsets"][0])
 
 
 def with_header(header: object, body: bytes = b"") -> bytes:

@@ -72,10 +72,12 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TensorRef(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of an adapter: its key, and the safetensors file, relative to the adapter's folder."""
+    """One tensor of an adapter: its key, and where its bytes lie."""
 
     key: str
-    file: str
+    file: str  # safetensors file, relative to the adapter's folder
+    dtype: str  # F32, F16 or BF16
+    offset: int  # first byte, counted from the start of the file
 
 
 class LoraModule(msgspec.Struct, frozen=True, array_like=True):

@@ -125,7 +125,7 @@ def _tables(parts: Parts, selection: Selection) -> list[TableTensor]:
 
 
 def _ref(tensor: AdapterTensor) -> TensorRef:
-    return TensorRef(tensor.key, tensor.file.name)
+    return TensorRef(tensor.key, tensor.file.name, tensor.entry.dtype, tensor.entry.offset)
 
 
 def _check_shapes(

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from loramux.engine.types import AdapterSpec, LoraSite, TensorRef
+from loramux.engine.types import AdapterSpec, LoraSite
 from loramux.resolvers.inspect import inspect_adapter
 from tests.adapter_files import (
     INDEX_FILE,
@@ -22,6 +22,7 @@ from tests.adapter_files import (
     peft_config,
     random_tensors,
     safetensors_bytes,
+    tensor_ref,
     write_adapter,
     write_folder,
 )
@@ -54,8 +55,8 @@ def test_the_spec_says_all_the_engine_needs(tmp_path: Path) -> None:
     assert spec.nbytes == 2 * 4 * 4 * (16 + 16 + 16 + 8)
     assert modules_of(spec) == {module: (4, 2.0) for module in (Q0, V0, Q1, V1)}
     first = spec.modules[0]
-    assert first.a == TensorRef(f"base_model.model.{Q0}.lora_A.weight", WEIGHTS_FILE)
-    assert first.b == TensorRef(f"base_model.model.{Q0}.lora_B.weight", WEIGHTS_FILE)
+    assert first.a == tensor_ref(tmp_path, f"base_model.model.{Q0}.lora_A.weight")
+    assert first.b == tensor_ref(tmp_path, f"base_model.model.{Q0}.lora_B.weight")
     assert first.magnitude is None
     assert spec.tables == []
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=AdapterSpec) == spec

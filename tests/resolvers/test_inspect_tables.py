@@ -10,16 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from loramux.engine.types import AdapterSpec, LoraSite, TableTensor, TensorRef
+from loramux.engine.types import AdapterSpec, LoraSite, TableTensor
 from loramux.resolvers.inspect import inspect_adapter
 from tests.adapter_files import (
     INDEX_FILE,
-    WEIGHTS_FILE,
     Tensors,
     llama_sites,
     peft_config,
     random_tensors,
     safetensors_bytes,
+    tensor_ref,
     write_folder,
 )
 
@@ -59,10 +59,12 @@ def rows(*tables: str, count: int = 2, fill: int = 1) -> Tensors:
 
 
 def test_dora_names_the_magnitude_of_every_module(tmp_path: Path) -> None:
-    spec = inspect(write(tmp_path, extra=magnitudes(), use_dora=True))
+    folder = write(tmp_path, extra=magnitudes(), use_dora=True)
+
+    spec = inspect(folder)
 
     assert [module.magnitude for module in spec.modules] == [
-        TensorRef(f"{P}{name}.lora_magnitude_vector", WEIGHTS_FILE) for name in (Q0, Q1)
+        tensor_ref(folder, f"{P}{name}.lora_magnitude_vector") for name in (Q0, Q1)
     ]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=AdapterSpec) == spec
 
@@ -102,7 +104,7 @@ def test_copies_of_the_base_are_for_the_engine_to_check_and_change_nothing(tmp_p
 def test_rows_go_to_a_tied_head_too(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path, extra=rows(EMBED), trainable_token_indices={name: [7, 3]})
     key = f"{P}{EMBED}.token_adapter.trainable_tokens_delta"
-    on_embedding = TableTensor(EMBED, "rows", TensorRef(key, WEIGHTS_FILE), [7, 3])
+    on_embedding = TableTensor(EMBED, "rows", tensor_ref(folder, key), [7, 3])
 
     assert inspect(folder).tables == [on_embedding]
     assert inspect(folder, TIED).tables == [on_embedding, msgspec.structs.replace(on_embedding, module=HEAD)]

@@ -1,30 +1,35 @@
-"""The tensors of an inspected adapter, read from its files."""
+"""The tensors of an inspected adapter, read from its files.
+
+The inspection has parsed and checked the safetensors header already and says where every tensor lies, so
+a file is read here in one piece, outside the interpreter's lock, and cut up without a copy.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loramux.engine.errors import AdapterIncompatible, AdapterNotFound
 from loramux.engine.types import AdapterSpec, TensorRef
 
+_DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 class AdapterFiles:
-    """Open weights files of one adapter.
+    """The weights files of one adapter, each read whole when its first tensor is asked for.
 
-    Tensors are views of the mapped file: whoever keeps one makes a copy, or a later writer of the file
-    would change it.
+    Tensors are views of the bytes of the whole file: whoever keeps one makes a copy.
     """
 
     def __init__(self, spec: AdapterSpec) -> None:
         self._spec = spec
         self._folder = Path(spec.path)
-        self._handles: dict[str, Any] = {}
+        self._contents: dict[str, bytearray] = {}
 
     def __enter__(self) -> AdapterFiles:
         self._check_unchanged()
@@ -33,7 +38,7 @@ class AdapterFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handles.clear()
+        self._contents.clear()
         if error is None:
             self._check_unchanged()  # again: it may have been rewritten while it was read
 
@@ -44,20 +49,30 @@ class AdapterFiles:
             AdapterNotFound: the file is gone since the inspection.
             AdapterIncompatible: it cannot be read, or is not what the inspection saw.
         """
+        if ref.file not in self._contents:
+            self._contents[ref.file] = self._read(ref.file)
+        content = self._contents[ref.file]
+        dtype, count, offset = _DTYPES[ref.dtype], math.prod(shape), ref.offset
+        if offset + count * dtype.itemsize > len(content):
+            raise AdapterIncompatible(f"{ref.file} of the adapter is shorter than its inspection saw")
+        if offset % dtype.itemsize:  # float32 behind an odd number of halves
+            content, offset = content[offset : offset + count * dtype.itemsize], 0
+        return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def _read(self, name: str) -> bytearray:
         try:
-            if ref.file not in self._handles:
-                self._handles[ref.file] = safe_open(self._folder / ref.file, framework="pt")
-            tensor: Tensor = self._handles[ref.file].get_tensor(ref.key)
+            with (self._folder / name).open("rb", buffering=0) as file:
+                content = bytearray(next(own.size for own in self._spec.files if own.name == name))
+                view, done = memoryview(content), 0
+                while done < len(content) and (step := file.readinto(view[done:])):
+                    done += step
         except FileNotFoundError:
             raise self._gone() from None
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
             raise AdapterIncompatible(f"the adapter's weights cannot be read: {error}") from None
-        if tuple(tensor.shape) != shape:
-            raise AdapterIncompatible(
-                f"tensor {ref.key} of {self._folder.name} has shape {list(tensor.shape)}, which is not "
-                f"the {list(shape)} that its inspection saw"
-            )
-        return tensor
+        if done < len(content):
+            raise AdapterIncompatible(f"{name} of the adapter is shorter than its inspection saw")
+        return content
 
     def _gone(self) -> AdapterNotFound:
         return AdapterNotFound(f"No adapter found for {self._spec.path}: its files are gone")

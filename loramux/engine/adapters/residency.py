@@ -125,10 +125,11 @@ class AdapterResidency:
         self.store.prefetch(digest, keep=set(self.store.lanes.residents))
 
     def _answer_if_loaded(self, digest: str, known: _Known) -> None:
-        """Once it is on the host, and in lanes if lanes were free for it."""
-        if not known.on_loaded or not self.store.is_known(digest) or known.host is None:
+        """Once it is in lanes, or on the host when no lanes were free for it."""
+        if not known.on_loaded or not self.store.is_known(digest):
             return
-        if self.store.lanes.span(digest) is None or self.store.is_on_device(digest):
+        waits_for_lanes = self.store.lanes.span(digest) is not None  # being filled, unless it is there
+        if self.store.is_on_device(digest) or (known.host is not None and not waits_for_lanes):
             known.was_loaded = True
             waiting, known.on_loaded = known.on_loaded, []
             for on_loaded in waiting:
