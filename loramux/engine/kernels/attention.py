@@ -53,9 +53,15 @@ class PromptChunk:
     cache_rows: Tensor  # [num_kv_heads * num_blocks] int64
 
 
-@dataclass(frozen=True, slots=True)
 class AttentionInput:
-    """A step's attention work; the same for every layer."""
+    """A step's attention work, the same for every layer, as the `Attention` that planned it reads it."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TorchAttentionInput(AttentionInput):
+    """As plain torch reads it."""
 
     write_rows: Tensor  # [num_tokens * num_kv_heads] int64: (block, head, offset) rows to write
     decode: list[DecodeGroup]
@@ -150,9 +156,9 @@ class TorchAttention:
         size = (num_blocks, s.num_kv_heads, s.block_size, s.head_dim)
         return KVCache(*(torch.zeros(size, dtype=s.dtype, device=s.device) for _ in "kv"))
 
-    def plan(self, layout: BatchLayout) -> AttentionInput:
+    def plan(self, layout: BatchLayout) -> TorchAttentionInput:
         """Write rows for every token, groups of decode rows, and prompt chunks."""
-        return AttentionInput(
+        return TorchAttentionInput(
             write_rows=self._write_rows(layout),
             decode=self._decode_groups(layout),
             prompts=self._prompt_chunks(layout),
@@ -167,6 +173,7 @@ class TorchAttention:
         plan: AttentionInput,
     ) -> Tensor:
         """See `Attention.store`."""
+        assert isinstance(plan, TorchAttentionInput)
         s = self._shape
         heads = qkv.view(-1, s.num_heads + 2 * s.num_kv_heads, s.head_dim)
         q, k, v = torch.split(heads, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
@@ -180,6 +187,7 @@ class TorchAttention:
 
     def attend(self, q: Tensor, cache: KVCache, plan: AttentionInput, *, window: int | None) -> Tensor:
         """See `Attention.attend`."""
+        assert isinstance(plan, TorchAttentionInput)
         out = torch.empty_like(q)
         for group in plan.decode:
             rows = group.token_index
@@ -188,9 +196,7 @@ class TorchAttention:
             tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
             num_kv_heads, _, head_dim = cache.k.shape[1:]
             k, v = (_gather(x, chunk.cache_rows).view(num_kv_heads, -1, head_dim) for x in (cache.k, cache.v))
-            attend_prompt(
-                out[tokens], q[tokens], k.transpose(1, 2), v, chunk.start, self._shape.scale, window
-            )
+            out[tokens] = _prompt(q[tokens], k.transpose(1, 2), v, chunk.start, self._shape.scale, window)
         return out.view(q.shape[0], -1)
 
     def _tensor(self, values: Ints) -> Tensor:
@@ -232,10 +238,12 @@ class TorchAttention:
         return DecodeGroup(self._tensor(np.array(members, dtype=np.int64)), self._cache_rows(table), masks)
 
     def _prompt_chunks(self, layout: BatchLayout) -> list[PromptChunk]:
-        return [
-            PromptChunk(first, count, end - count, self._cache_rows(table))
-            for first, count, end, table in prompt_tables(layout, self._shape.block_size)
-        ]
+        chunks = []
+        for i in range(layout.num_decode, len(layout.blocks)):
+            end, count = int(layout.ends[i]), int(layout.counts[i])
+            table = layout.blocks[i][None, : -(-end // self._shape.block_size)]
+            chunks.append(PromptChunk(int(layout.offsets[i]), count, end - count, self._cache_rows(table)))
+        return chunks
 
     def _cache_rows(self, table: Ints) -> Tensor:
         """[num_seqs, num_blocks] block ids → [num_seqs * num_kv_heads * num_blocks] cache rows."""
@@ -249,16 +257,6 @@ def token_slots(layout: BatchLayout, block_size: int) -> Ints:
     block = np.concatenate(layout.blocks)[first_block[layout.owner] + layout.positions // block_size]
     slots: Ints = block * block_size + layout.positions % block_size
     return slots
-
-
-def prompt_tables(layout: BatchLayout, block_size: int) -> list[tuple[int, int, int, Ints]]:
-    """(first token, tokens, end position, block ids [1, num_blocks]) of every prompt chunk."""
-    found = []
-    for i in range(layout.num_decode, len(layout.blocks)):
-        end = int(layout.ends[i])
-        table = layout.blocks[i][None, : -(-end // block_size)]
-        found.append((int(layout.offsets[i]), int(layout.counts[i]), end, table))
-    return found
 
 
 def _gather(cache: Tensor, rows: Tensor) -> Tensor:
@@ -281,19 +279,18 @@ def _decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float, window:
     return torch.bmm(probs.view(shape[0], -1, shape[1]), v).view(num_seqs, num_heads, head_dim)
 
 
-def attend_prompt(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window: int | None
-) -> None:
+def _prompt(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, window: int | None) -> Tensor:
     """Causal attention of one prompt chunk, a block of query rows at a time.
 
     Args:
-        out, q: [num_tokens, num_heads, head_dim]; out is written
+        q: [num_tokens, num_heads, head_dim]
         k: [num_kv_heads, head_dim, at least start + num_tokens]
         v: [num_kv_heads, at least start + num_tokens, head_dim]
         start: position of the first query
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[0]
+    out = torch.empty_like(q)
     # [num_kv_heads, queries per kv head, num_tokens, head_dim]
     folded = q.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     for begin in range(0, num_tokens, QUERY_BLOCK):
@@ -308,6 +305,7 @@ def attend_prompt(
         block = torch.bmm(probs.view(num_kv_heads, -1, last - low), v[:, low:last])
         block = block.view(num_kv_heads, -1, end - begin, head_dim).permute(2, 0, 1, 3)
         out[begin:end] = block.reshape(end - begin, num_heads, head_dim)
+    return out
 
 
 def _causal_mask(first: int, last: int, low: int, window: int | None, device: torch.device) -> Tensor:

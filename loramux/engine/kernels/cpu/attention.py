@@ -1,4 +1,4 @@
-"""Paged attention for decode rows on a CPU, one sequence and KV head at a time.
+"""Paged attention on a CPU, one row (a token) and KV head at a time.
 
     out[i] = softmax(q[i] · K[lo:end]ᵀ · scale) · V[lo:end]      lo = max(0, end - window)
 
@@ -48,7 +48,7 @@ def attend_range(
     v: Address,
     out: Address,
     block_ids: Ints,
-    indptr: Ints,
+    starts: Ints,
     ends: Ints,
     tokens: Ints,
     window: int,
@@ -58,16 +58,17 @@ def attend_range(
     begin: int,
     end: int,
 ) -> None:
-    """Work items [begin, end) of num_seqs * kv_heads; item i is sequence i // kv_heads, head i % kv_heads.
+    """Work items [begin, end) of num_rows * kv_heads; item i is row i // kv_heads, head i % kv_heads.
 
     Args:
         dtype: of q, k, v and out (`BFLOAT16` or `FLOAT32`)
         group, vectors: query heads a KV head, head_dim / 16, both as `units`
         q, out: addresses of [num_tokens, kv_heads * group, head_dim]
         k: address of [num_blocks, kv_heads, head_dim, 16]; v: [num_blocks, kv_heads, 16, head_dim]
-        block_ids, indptr: the block tables, one behind the other, int64
-        ends: tokens of each sequence, the new one included
-        tokens: which row of q belongs to each sequence
+        block_ids: block tables, one behind the other, int64
+        starts: where each row's table starts in block_ids; rows may share one
+        ends: position after each row's token
+        tokens: which row of q it is
         window: sliding window in tokens, 0 for full attention
         scratch: float32, 2 * group * head_dim + group * 16 * (longest table): queries, sums, scores
     """
@@ -79,7 +80,7 @@ def attend_range(
         first = max(0, ends[seq] - window) if window else 0
         skipped = first // BLOCK  # blocks before the window
         num_blocks = (ends[seq] + BLOCK - 1) // BLOCK - skipped
-        table = block_ids[indptr[seq] + skipped : indptr[seq] + skipped + num_blocks]
+        table = block_ids[starts[seq] + skipped : starts[seq] + skipped + num_blocks]
         row = (tokens[seq] * kv_heads + head) * row_bytes
         _take_queries(dtype, heads, head_dim, q + row, scratch, scale)
         _score(dtype, group, vectors, k, v, table, kv_heads, head, scratch)
@@ -188,7 +189,7 @@ def attend_parallel(
     v: Address,
     out: Address,
     block_ids: Ints,
-    indptr: Ints,
+    starts: Ints,
     ends: Ints,
     tokens: Ints,
     window: int,
@@ -208,7 +209,7 @@ def attend_parallel(
             v,
             out,
             block_ids,
-            indptr,
+            starts,
             ends,
             tokens,
             window,

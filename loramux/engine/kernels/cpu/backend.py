@@ -14,9 +14,6 @@ from loramux.engine.kernels.attention import (
     AttentionShape,
     BatchLayout,
     KVCache,
-    PromptChunk,
-    attend_prompt,
-    prompt_tables,
     token_slots,
 )
 from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range
@@ -45,15 +42,15 @@ class CpuAttentionInput(AttentionInput):
     """A step's attention work, as the compiled kernels read it."""
 
     slots: Ints  # [num_tokens]: where each token's keys and values go
-    block_ids: Ints  # the decode rows' tables, one behind the other
-    indptr: Ints  # [num_decode + 1]
-    ends: Ints  # [num_decode]
-    tokens: Ints  # [num_decode]
-    longest: int  # blocks of the longest of these tables
+    block_ids: Ints  # the sequences' tables, one behind the other
+    starts: Ints  # [num_tokens]: where the table of each token's sequence starts in block_ids
+    ends: Ints  # [num_tokens]: position after the token
+    tokens: Ints  # [num_tokens]: 0, 1, 2, ...
+    bounds: Ints  # [num_threads + 1] of the work items, so that each thread reads as many keys
 
 
 class CpuAttention:
-    """Compiled decode attention and cache writes; prompt chunks by torch's products.
+    """Compiled attention, row by row also for prompts, and cache writes.
 
     Keys lie with the head dimension before the token, [num_blocks, num_kv_heads, head_dim, 16].
     """
@@ -64,7 +61,6 @@ class CpuAttention:
         self._tag = TAGS[shape.dtype]
         self._group = units(shape.num_heads // shape.num_kv_heads)
         self._vectors = units(shape.head_dim // LANES)
-        self._heads = np.arange(shape.num_kv_heads, dtype=np.int64)
         self._threads = max(torch.get_num_threads(), 1)
         self._scratch = np.zeros((self._threads, 0), dtype=np.float32)
 
@@ -75,25 +71,17 @@ class CpuAttention:
         return KVCache(k, torch.zeros((num_blocks, s.num_kv_heads, BLOCK, s.head_dim), dtype=s.dtype))
 
     def plan(self, layout: BatchLayout) -> CpuAttentionInput:
-        """Tables of the decode rows as they are, gather rows for prompt chunks."""
-        ends = layout.ends[: layout.num_decode]
-        used = -(-ends // BLOCK)
-        tables = [ids[:n] for ids, n in zip(layout.blocks, used.tolist(), strict=False)]
-        longest = int(used.max()) if len(used) else 0
-        self._reserve(longest)
+        """Every token is a row of its own; the rows of a sequence share its table."""
+        lengths = np.array([len(ids) for ids in layout.blocks], dtype=np.int64)
+        first_block = np.cumsum(lengths) - lengths
+        self._reserve(-(-int(layout.ends.max()) // BLOCK))
         return CpuAttentionInput(
-            write_rows=torch.empty(0),
-            decode=[],
-            prompts=[
-                PromptChunk(first, count, end - count, self._cache_rows(table))
-                for first, count, end, table in prompt_tables(layout, BLOCK)
-            ],
             slots=token_slots(layout, BLOCK),
-            block_ids=np.concatenate(tables) if tables else np.zeros(0, dtype=np.int64),
-            indptr=np.concatenate(([0], np.cumsum(used))),
-            ends=ends,
-            tokens=layout.offsets[: layout.num_decode],
-            longest=longest,
+            block_ids=np.concatenate(layout.blocks),
+            starts=first_block[layout.owner],
+            ends=layout.positions + 1,
+            tokens=np.arange(len(layout.positions)),
+            bounds=self._split(layout.positions + 1),
         )
 
     def store(
@@ -136,36 +124,26 @@ class CpuAttention:
         num_tokens = q.shape[0]
         q = q.contiguous()
         out = torch.empty_like(q)
-        num_items = len(plan.ends) * s.num_kv_heads
-        if num_items:
-            arguments = (
-                *(self._tag, self._group, self._vectors),
-                *(q.data_ptr(), cache.k.data_ptr(), cache.v.data_ptr(), out.data_ptr()),
-                *(plan.block_ids, plan.indptr, plan.ends, plan.tokens),
-                *(window or 0, np.float32(s.scale), s.num_kv_heads),
-            )
-            if num_items < PARALLEL_ITEMS or self._threads == 1:
-                attend_range(*arguments, self._scratch[0], 0, num_items)
-            else:
-                attend_parallel(*arguments, self._scratch, split_evenly(num_items, self._threads))
-        for chunk in plan.prompts:
-            tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
-            k, v = self._gather(cache, chunk)
-            attend_prompt(out[tokens], q[tokens], k, v, chunk.start, s.scale, window)
+        num_items = num_tokens * s.num_kv_heads
+        arguments = (
+            *(self._tag, self._group, self._vectors),
+            *(q.data_ptr(), cache.k.data_ptr(), cache.v.data_ptr(), out.data_ptr()),
+            *(plan.block_ids, plan.starts, plan.ends, plan.tokens),
+            *(window or 0, np.float32(s.scale), s.num_kv_heads),
+        )
+        if num_items < PARALLEL_ITEMS or self._threads == 1:
+            attend_range(*arguments, self._scratch[0], 0, num_items)
+        else:
+            attend_parallel(*arguments, self._scratch, plan.bounds)
         return out.view(num_tokens, -1)
 
-    def _gather(self, cache: KVCache, chunk: PromptChunk) -> tuple[Tensor, Tensor]:
-        """k as [num_kv_heads, head_dim, tokens], v as [num_kv_heads, tokens, head_dim]."""
-        s = self._shape
-        width = s.head_dim * BLOCK
-        k = cache.k.view(-1, width).index_select(0, chunk.cache_rows)
-        v = cache.v.view(-1, width).index_select(0, chunk.cache_rows)
-        k = k.view(s.num_kv_heads, -1, s.head_dim, BLOCK).transpose(1, 2)
-        return k.reshape(s.num_kv_heads, s.head_dim, -1), v.view(s.num_kv_heads, -1, s.head_dim)
-
-    def _cache_rows(self, table: Ints) -> Tensor:
-        rows = table[:, None, :] * self._shape.num_kv_heads + self._heads[None, :, None]
-        return torch.from_numpy(rows.reshape(-1))
+    def _split(self, ends: Ints) -> Ints:
+        keys = np.cumsum(ends)
+        shares = keys[-1] * np.arange(self._threads + 1) // self._threads
+        rows = np.searchsorted(keys, shares)
+        rows[0], rows[-1] = 0, len(ends)
+        bounds: Ints = rows * self._shape.num_kv_heads
+        return bounds
 
     def _reserve(self, longest: int) -> None:
         """Room for one sequence's scores, in each thread."""
