@@ -6,14 +6,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from loramux.resolvers.settings import SourceSettings
 from loramux.resolvers.sources import Sources
 from tests.hub_server import HubServer, running_hub
 from tests.resolvers.remote_adapters import OpenSources
+from tests.s3_server import new_bucket, running_s3
 
 
 @pytest.fixture(scope="session")
@@ -30,28 +29,15 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="session")
 def s3_url() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with running_s3() as url:
+        yield url
 
 
 @pytest.fixture
 def bucket(s3_url: str) -> Iterator[Any]:
     """An empty bucket, as boto3's resource; its name is `adapters`."""
-    resource = boto3.resource(
-        "s3",
-        endpoint_url=s3_url,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
-    bucket = resource.create_bucket(Bucket="adapters")
-    yield bucket
-    bucket.objects.all().delete()
-    bucket.delete()
-    resource.meta.client.close()
+    with new_bucket(s3_url) as empty:
+        yield empty
 
 
 @pytest.fixture
