@@ -17,7 +17,7 @@ ASK = """
          "messages": [{{"role": "user", "content": "{text}"}}]}}'
 """
 QUESTIONS = (
-    ("json", "What is the capital of France?"),
+    ("json", "What color is the sky?"),
     ("pirate", "Who was Napoleon?"),
     ("sql", "Table books(id, title, author, year, price). Which books cost more than 20?"),
 )

@@ -21,7 +21,8 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(str(demo_model_folder()), enable_lora=True, kv_cache_bytes=128 << 20)
+    # float32: in bfloat16 the base model's first token here is a tie between "The" and "L"
+    return LLM(str(demo_model_folder()), dtype="float32", enable_lora=True, kv_cache_bytes=256 << 20)
 
 
 def test_base_and_adapters_answer_in_one_batch_as_they_do_alone(llm: LLM) -> None:
