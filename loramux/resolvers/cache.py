@@ -312,10 +312,6 @@ class Store:
                     path.unlink(missing_ok=True)
         self._empty_trash()
 
-    def stored_bytes(self) -> int:
-        """The size of everything in `cache/`."""
-        return sum(entry.nbytes for entry in self._entries())
-
     def _drop_dead_sessions(self) -> None:
         for session in _children(self.folder / "sessions"):
             lock = FileLock(session / ".lock")
