@@ -11,6 +11,13 @@ from typing import Literal
 import msgspec
 
 
+class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What an output must look like; compiled in the engine, off the step loop."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str  # the schema as JSON text, a regular expression, or a grammar in llguidance's Lark
+
+
 class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
     """How one sequence is sampled; everything in token ids, already validated.
 
@@ -34,6 +41,7 @@ class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[int] = []  # end the sequence with the id as stop_reason
     logprobs: int | None = None  # top-k alternatives beside the sampled token; None = off
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
+    grammar: GrammarSpec | None = None  # only tokens that it allows are sampled
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

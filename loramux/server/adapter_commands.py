@@ -21,7 +21,9 @@ from loramux.resolvers.explain import AdapterReport, explain_adapter
 from loramux.resolvers.sources import Sources
 from loramux.server.adapter_config import AdapterSource, source_settings
 from loramux.server.config import environment_arguments
-from loramux.server.flags import SOURCE_FLAGS, Flag, ServeParser, add_flags, parse_count
+from loramux.server.flag import Flag, parse_count
+from loramux.server.flag_table import SOURCE_FLAGS
+from loramux.server.flags import ServeParser, add_flags
 from loramux.server.model_folder import find_model_folder
 
 _FLAGS: Final = (*SOURCE_FLAGS, Flag("hf-token", "token for the Hub"))

@@ -20,6 +20,7 @@ from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.server import flags
 from loramux.server.adapter_config import AdapterConfig, adapter_config
+from loramux.server.flag import Flag
 from loramux.server.limits import Limits
 
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
@@ -112,7 +113,7 @@ def _check_twins(environ: Mapping[str, str]) -> None:
 
 
 def environment_arguments(
-    environ: Mapping[str, str], namespace: argparse.Namespace, known: Iterable[flags.Flag]
+    environ: Mapping[str, str], namespace: argparse.Namespace, known: Iterable[Flag]
 ) -> list[str]:
     """Arguments for those of the known flags that only the environment sets."""
     found: list[str] = []
@@ -142,12 +143,12 @@ def _file_arguments(path: Path, namespace: argparse.Namespace) -> list[str]:
         has_model = dest == "model" and namespace.positional_model is not None
         if has_model or getattr(namespace, dest, None) is not None or value is None:
             continue
-        flag = known.get(dest) or flags.Flag(str(key), "", is_switch=isinstance(value, bool))
+        flag = known.get(dest) or Flag(str(key), "", is_switch=isinstance(value, bool))
         found += _argument(flag, value, f"--config {path}: {key}")
     return found
 
 
-def _argument(flag: flags.Flag, value: object, where: str) -> list[str]:
+def _argument(flag: Flag, value: object, where: str) -> list[str]:
     """The words that set one flag on a command line."""
     if flag.is_switch:
         text = str(value).strip().lower()

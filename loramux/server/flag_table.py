@@ -1,0 +1,114 @@
+"""The flags of `loramux serve` that have an effect: one table, from which the parser is built.
+
+Every default is None: `config.py` fills in what neither flag nor environment nor file says.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from loramux.server.flag import Flag, parse_count, parse_length, switch
+
+# Also flags of `loramux fetch` and `loramux doctor`.
+SOURCE_FLAGS: Final = (
+    Flag("adapter-store-dir", "where fetched adapters are kept"),
+    Flag("allowed-local-path", "folders that local adapters may lie under", is_list=True),
+    Flag("pvc-root", "folder in which pvc://CLAIM/... is the folder CLAIM/..."),
+    switch("copy-local-adapters", "copy local adapters to the store before they are used (default)"),
+    switch("offline", "open no connection; serve what the store has"),
+    Flag("max-adapter-bytes", "bytes of one adapter's files", parse_count),
+    Flag("max-store-bytes", "bytes of the store; what was not used for longest goes", parse_count),
+    Flag("min-free-bytes", "bytes that a download leaves free on the disk", parse_count),
+    Flag("download-stall-timeout", "seconds without a byte after which a download starts again", float),
+    Flag("max-parallel-downloads", "adapters fetched at the same time", parse_count),
+)
+
+FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
+    "model": (
+        Flag("model", "a model folder, or a Hub id; the same as the positional MODEL"),
+        Flag("served-model-name", "names that requests use for the base model", is_list=True),
+        Flag("tokenizer", "folder with tokenizer.json, if it is not the model's"),
+        Flag("revision", "branch, tag or commit of a Hub model"),
+        Flag("download-dir", "where Hub models are stored"),
+        Flag("hf-token", "token for gated Hub models"),
+        Flag("dtype", "auto, bfloat16, float16 or float32"),
+        Flag("device", "auto, cpu or cuda"),
+        Flag("max-model-len", "context length in tokens; auto or -1 = the model's", parse_length),
+        Flag("chat-template", "file with a Jinja chat template, or the template itself"),
+        Flag("response-role", "role of answers in chats"),
+        Flag(
+            "generation-config", "auto = sampling defaults from generation_config.json; vllm = neutral ones"
+        ),
+        Flag("override-generation-config", "JSON object that wins over generation_config.json"),
+    ),
+    "LoRA": (
+        switch("enable-lora", "serve LoRA adapters"),
+        Flag("lora-modules", 'adapters: name=path, or {"name": ..., "path": ...}', is_list=True),
+        Flag("max-loras", "sizes the lane pool: this many adapters of rank 64 at once", parse_count),
+        Flag("max-lora-rank", "adapters of a higher rank are refused", parse_count),
+        Flag("num-lanes", "size of the lane pool in ranks, instead of --max-loras", parse_count),
+        Flag("max-cpu-loras", "adapters in host memory; at least --max-loras", parse_count),
+        Flag("host-lora-bytes", "bytes of adapters in host memory", parse_count),
+        Flag("lora-dtype", "auto (the model's), bfloat16, float16 or float32"),
+    ),
+    "adapters that come and go": (
+        switch("lora-modules-strict", "an adapter of --lora-modules that fails stops the start (default)"),
+        switch(
+            "allow-runtime-lora-updating", "clients may load and unload adapters, and resolvers are asked"
+        ),
+        Flag("adapter-load-timeout", "seconds a request waits for an adapter that is being loaded", float),
+        Flag("state-dir", "folder for the journal, which brings adapters back after a restart"),
+        Flag("adapters-file", "YAML file with the adapters to serve; watched"),
+        Flag("adapters-file-interval", "seconds between two looks at it", float),
+    ),
+    "where adapters come from": SOURCE_FLAGS,
+    "engine": (
+        Flag("max-num-seqs", "sequences that run at the same time", parse_count),
+        Flag("max-num-batched-tokens", "tokens computed in one step", parse_count),
+        Flag("block-size", "tokens a KV block", parse_count),
+        Flag("num-gpu-blocks-override", "number of KV blocks", parse_count),
+        Flag(
+            "kv-cache-bytes",
+            "KV cache on a CPU, in bytes",
+            parse_count,
+            aliases=("kv-cache-memory-bytes",),
+        ),
+        Flag("gpu-memory-utilization", "share of the GPU's memory to use", float),
+        switch("enable-prefix-caching", "reuse the KV of equal prompt starts"),
+        Flag("seed", "for requests that bring none", int),
+        Flag("num-threads", "CPU compute threads", parse_count),
+    ),
+    "HTTP": (
+        Flag("host", "address to listen on; 127.0.0.1 unless there is a key"),
+        Flag("port", "port to listen on; 0 = any free one", int),
+        Flag("api-key", "keys that requests must bring one of", is_list=True),
+        Flag("root-path", "path prefix under which a proxy shows the server"),
+        Flag("allowed-origins", "JSON list of origins for CORS"),
+        Flag("allowed-methods", "JSON list of methods for CORS"),
+        Flag("allowed-headers", "JSON list of headers for CORS"),
+        switch("allow-credentials", "allow credentials for CORS"),
+        Flag("ssl-keyfile", "TLS key"),
+        Flag("ssl-certfile", "TLS certificate"),
+        Flag("ssl-ca-certs", "CA certificates for client certificates"),
+        Flag("ssl-cert-reqs", "client certificates: 0 none, 1 optional, 2 required", int),
+        Flag("ssl-ciphers", "TLS ciphers"),
+        Flag("uvicorn-log-level", "critical, error, warning, info, debug or trace"),
+        switch("disable-uvicorn-access-log", "no line for each request"),
+        switch("disable-fastapi-docs", "no /docs, /redoc and /openapi.json"),
+        Flag("timeout-keep-alive", "seconds an idle connection stays open", int),
+        Flag("sse-keep-alive-interval", "seconds of silence before a comment is sent; 0 = never", float),
+        Flag("shutdown-timeout", "seconds that running requests get at the end; 0 = abort them", float),
+        Flag("config", "YAML file with these flags as keys"),
+    ),
+    "limits of one request": (
+        Flag("max-request-bytes", "bytes of a body", parse_count),
+        Flag("max-messages", "messages of a chat", parse_count),
+        Flag("max-prompts", "prompts of a completion call", parse_count),
+        Flag("max-n", "choices a prompt", parse_count),
+        Flag("max-stop", "stop strings", parse_count),
+        Flag("max-stop-token-ids", "stop token ids", parse_count),
+        Flag("max-logit-bias", "entries of logit_bias and allowed_token_ids", parse_count),
+        Flag("max-bad-words", "bad words", parse_count),
+        Flag("max-logprobs", "log-probabilities a token", parse_count),
+    ),
+}

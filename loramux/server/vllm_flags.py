@@ -1,0 +1,64 @@
+"""vLLM's flags that change nothing here; each is accepted with one warning line."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Switches take no value, the options one or several.
+INERT_SWITCHES: Final = frozenset(
+    """
+    trust-remote-code enforce-eager enable-chunked-prefill fully-sharded-loras async-scheduling headless
+    enable-tower-connector-lora specialize-active-lora enable-mixed-moe-lora-format enable-lora-bias
+    enable-moe-shared-loras enable-force-include-usage return-tokens-as-token-ids tokens-only enable-dbo
+    enable-prompt-tokens-details enable-per-request-metrics enable-server-load-tracking enable-ssl-refresh
+    enable-request-id-headers enable-log-requests disable-log-requests enable-log-outputs disable-log-stats
+    log-error-stack enable-tokenizer-info-endpoint enable-offline-docs enable-sleep-mode enable-scale-out
+    enable-auto-tool-choice exclude-tools-when-tool-choice-none trust-request-chat-template
+    trust-request-mm-kwargs disable-frontend-multiprocessing enable-prompt-embeds use-tqdm-on-load
+    disable-custom-all-reduce enable-expert-parallel disable-hybrid-kv-cache-manager skip-tokenizer-init
+    disable-sliding-window disable-cascade-attn calculate-kv-scales enable-reasoning use-v2-block-manager
+    multi-step-stream-outputs enable-multimodal-encoder-data-parallel disable-async-output-proc
+    """.split()  # noqa: SIM905 (one name a line would be a page)
+)
+INERT_OPTIONS: Final = frozenset(
+    """
+    tensor-parallel-size pipeline-parallel-size data-parallel-size api-server-count tokenizer-mode
+    data-parallel-size-local data-parallel-address data-parallel-rpc-port data-parallel-backend
+    data-parallel-rank data-parallel-start-rank
+    chat-template-content-format default-chat-template-kwargs reasoning-parser tool-call-parser
+    tool-parser-plugin reasoning-parser-plugin quantization kv-cache-dtype prefix-caching-hash-algo
+    scheduling-policy max-num-queued-reqs max-num-queued-tokens stream-interval load-format code-revision
+    tokenizer-revision hf-overrides hf-config-path config-format fingerprint-mode fingerprint-value
+    max-log-len logprobs-mode swap-space cpu-offload-gb default-mm-loras lora-target-modules uds
+    max-lora-cls-labels lora-extra-vocab-size long-lora-scaling-factors middleware max-seq-len-to-capture
+    h11-max-incomplete-event-size h11-max-header-count distributed-executor-backend worker-cls
+    compilation-config speculative-config speculative-model num-speculative-tokens model-loader-extra-config
+    guided-decoding-backend structured-outputs-config limit-mm-per-prompt mm-processor-kwargs
+    max-parallel-loading-workers num-lookahead-slots num-scheduler-steps max-num-partial-prefills
+    max-long-partial-prefills long-prefill-token-threshold kv-transfer-config kv-events-config
+    additional-config otlp-traces-endpoint collect-detailed-traces disable-access-log-for-endpoints task
+    runner convert allowed-local-media-path model-impl attention-backend kv-offloading-size
+    kv-offloading-backend rope-scaling rope-theta ignore-patterns cuda-graph-sizes log-config-file
+    preemption-mode override-neuron-config override-pooler-config pooler-config scheduler-cls
+    mm-processor-cache-gb media-io-kwargs interleave-mm-strings node-rank nnodes master-addr master-port
+    """.split()  # noqa: SIM905
+)
+INERT_ALIASES: Final = {
+    "-tp": "tensor-parallel-size",
+    "-pp": "pipeline-parallel-size",
+    "-dp": "data-parallel-size",
+    "-asc": "api-server-count",
+    "-q": "quantization",
+    "-O": "compilation-config",
+}
+HARMLESS_VALUES: Final = {  # asking for what is the case anyway needs no warning
+    "tensor-parallel-size": "1",
+    "pipeline-parallel-size": "1",
+    "data-parallel-size": "1",
+    "api-server-count": "1",
+    "tokenizer-mode": "auto",
+    "load-format": "auto",
+    "kv-cache-dtype": "auto",
+    "chat-template-content-format": "auto",
+    "scheduling-policy": "fcfs",
+}
