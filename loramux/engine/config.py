@@ -6,6 +6,7 @@ import msgspec
 
 from loramux.engine.errors import InvalidConfig
 
+SCHEDULING_POLICIES = ("fcfs", "priority")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LANE_GROUP = 8  # ranks handed out together; an adapter takes ceil(rank / 8) groups
 
@@ -24,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 1 << 30  # CPU only; a GPU takes what gpu_memory_utilization leaves
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"  # fcfs | priority
     seed: int = 0  # for requests that bring none
     num_threads: int | None = None  # CPU compute threads; None = one a physical core
     enable_lora: bool = False
@@ -56,6 +58,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if value not in DTYPES:
                 raise InvalidConfig(f"{flag} must be one of {', '.join(DTYPES)}, got {value!r}", param=flag)
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            names, got = " or ".join(SCHEDULING_POLICIES), self.scheduling_policy
+            message = f"--scheduling-policy must be {names}, got {got!r}"
+            raise InvalidConfig(message, param="--scheduling-policy")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InvalidConfig(
                 f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}",

@@ -60,6 +60,7 @@ class Engine:
             adapters=self.adapters,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            by_priority=config.scheduling_policy == "priority",
             shared_prefix_limit=rope.original_max_position if rope and rope.kind == "dynamic" else None,
         )
         self.residency = AdapterResidency(
@@ -144,6 +145,13 @@ class Engine:
         self._check_loadable(spec)
         self.residency.load(spec, on_loaded, pinned=pinned)
         self.residency.advance()
+
+    def restore_adapter(self, spec: AdapterSpec) -> None:
+        """Let requests use an adapter that an engine of the same configuration had loaded before.
+
+        It is read when the first of them needs it.
+        """
+        self.residency.restore(spec)
 
     def begin_unload(self, digest: str, on_gone: OnGone) -> None:
         """Refuse new requests at once; `on_gone` is called when its last sequence has ended.

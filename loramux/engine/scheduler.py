@@ -3,7 +3,8 @@
 One step computes at most `max_num_batched_tokens` tokens. Running sequences come first (one token
 each while decoding, a chunk while their prompt is still being read), then waiting ones in order of
 arrival. A sequence whose next token finds no free block makes room by preempting the youngest:
-its blocks are released and it is recomputed later, which the prefix cache makes cheap.
+its blocks are released and it is recomputed later, which the prefix cache makes cheap. With
+`by_priority`, the lowest number waits shortest and is preempted last; arrival decides between equals.
 
 Lanes are a second budget. A waiting sequence whose adapter is not on the device yet is skipped, so
 that others go ahead, and its adapter is fetched meanwhile; so are those of the next sequences in the
@@ -15,6 +16,7 @@ Blocks, lanes and leases are released in one place: `_release`, which `_finish` 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import deque
 from dataclasses import dataclass, field
@@ -80,6 +82,7 @@ class Scheduler:
         adapters: AdapterStore,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        by_priority: bool = False,
         shared_prefix_limit: int | None = None,
     ) -> None:
         """Args:
@@ -90,6 +93,7 @@ class Scheduler:
         self.adapters = adapters
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.by_priority = by_priority
         self.shared_prefix_limit = shared_prefix_limit
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -109,7 +113,7 @@ class Scheduler:
         if seq.adapter is not None:
             self.adapters.lease(seq.adapter)
         self._by_id[seq.request_id] = seq
-        self.waiting.append(seq)
+        self._enqueue(seq)
 
     def abort(self, request_id: str) -> None:
         """Drop a sequence, wherever it is; an unknown id is fine."""
@@ -185,7 +189,7 @@ class Scheduler:
                 seq.block_ids += fresh
                 return clean
             clean = False
-            self._preempt(self.running[-1])
+            self._preempt(self._least_important())
             if seq.status is not SequenceStatus.RUNNING:
                 return clean  # it was the youngest itself
         return clean
@@ -302,8 +306,22 @@ class Scheduler:
         self._release(seq)
         seq.prompt_logprobs = []
         seq.become(SequenceStatus.WAITING)
-        self.waiting.appendleft(seq)
+        self._enqueue(seq, again=True)
         self.num_preemptions += 1
+
+    def _enqueue(self, seq: Sequence, *, again: bool = False) -> None:
+        """Put a sequence at its place in the queue: behind its equals, or before them if it has run."""
+        if not self.by_priority:
+            self.waiting.appendleft(seq) if again else self.waiting.append(seq)
+            return
+        find = bisect.bisect_left if again else bisect.bisect_right
+        self.waiting.insert(find(self.waiting, seq.request.priority, key=_priority), seq)
+
+    def _least_important(self) -> Sequence:
+        """The running sequence to preempt: the youngest, of the highest priority number."""
+        if not self.by_priority:
+            return self.running[-1]
+        return max(reversed(self.running), key=_priority)
 
     def _finish(self, seq: Sequence) -> None:
         """End a sequence for good."""
@@ -328,6 +346,10 @@ class Scheduler:
         seq.block_hashes = []
         seq.num_hashed_blocks = 0
         seq.num_computed = 0
+
+
+def _priority(seq: Sequence) -> int:
+    return seq.request.priority
 
 
 def finish_reason(seq: Sequence) -> tuple[str | None, int | None]:

@@ -52,7 +52,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: TokenSampling
     adapter: str | None = None  # content digest of a loaded adapter; None = the base model
     cache_salt: str = ""  # requests share prefix KV only with requests of the same salt
-    priority: int = 0  # reserved: the scheduler is first come, first served
+    priority: int = 0  # lower goes first; read only under --scheduling-policy priority
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -67,6 +67,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
+class SequenceTiming(msgspec.Struct, frozen=True, array_like=True):
+    """How a sequence fared in the engine."""
+
+    queue_s: float  # from its arrival to its first step
+    prefill_s: float  # from there to its first token
+    num_preemptions: int = 0  # so far
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one step added to one sequence."""
 
@@ -77,6 +85,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     logprobs: list[TokenLogprobs] | None = None  # one a new token, when asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, when asked for
+    timing: SequenceTiming | None = None  # with the first token and with the last
 
 
 class TensorRef(msgspec.Struct, frozen=True, array_like=True):
@@ -181,11 +190,24 @@ class FreedMemory(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks: int
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the engine's load."""
+STEP_TOKENS_BOUNDS = (1.0, *(float(2**power) for power in range(3, 15)))  # of EngineStats.step_tokens
+MOVE_S_BOUNDS = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
+
+class Distribution(msgspec.Struct, frozen=True, array_like=True):
+    """How many observations lie between two bounds (one more than there are bounds), and their sum."""
+
+    counts: list[int] = []
+    total: float = 0.0
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine's load; what is counted is counted since `started_at`."""
+
+    started_at: float = 0.0  # Unix seconds; another value = another engine, whose counts began at 0
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0  # of the waiting ones: their adapter is not on the device
     num_preemptions: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
@@ -195,6 +217,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     lanes_total: int = 0
     host_bytes: int = 0
     host_evictions: int = 0
+    device_evictions: int = 0
+    step_tokens: Distribution = Distribution()  # tokens computed in one step
+    host_load_s: Distribution = Distribution()  # seconds to read one adapter into host memory
+    device_load_s: Distribution = Distribution()  # seconds to copy one into lanes
     table_bytes: int = 0  # of the device adapters beyond their lanes; on a CPU the host's own bytes
     running_adapters: list[str] = []  # digests
     waiting_adapters: list[str] = []

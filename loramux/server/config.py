@@ -20,6 +20,8 @@ from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.server import flags
 from loramux.server.adapter_config import AdapterConfig, adapter_config
+from loramux.server.api_config import ApiConfig, api_config
+from loramux.server.engine_care import EngineCare, engine_care
 from loramux.server.flag import Flag
 from loramux.server.limits import Limits
 
@@ -70,6 +72,7 @@ class ServerConfig:
     generation_config: str = "auto"
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    api: ApiConfig = field(default_factory=ApiConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,7 @@ class Config:
     server: ServerConfig
     engine: EngineConfig
     adapters: AdapterConfig
+    care: EngineCare = field(default_factory=EngineCare)
     warnings: tuple[str, ...] = ()  # one line each, for the operator
 
 
@@ -182,6 +186,7 @@ def _build(values: dict[str, Any], environ: Mapping[str, str], warnings: list[st
         server=_server_config(values),
         engine=_engine_config(values),
         adapters=adapter_config(values, environ),
+        care=engine_care(values),
         warnings=tuple(warnings),
     )
 
@@ -209,6 +214,7 @@ def _server_config(values: dict[str, Any]) -> ServerConfig:
         "api_keys": api_keys,
         "host": values.get("host") or ("0.0.0.0" if api_keys else "127.0.0.1"),
         "limits": _limits(values),
+        "api": api_config(values),
         "access_log": not values.get("disable_uvicorn_access_log", False),
         "docs": not values.get("disable_fastapi_docs", False),
     }

@@ -74,9 +74,29 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             aliases=("kv-cache-memory-bytes",),
         ),
         Flag("gpu-memory-utilization", "share of the GPU's memory to use", float),
+        Flag("scheduling-policy", "fcfs, or priority: requests with the lowest `priority` first"),
         switch("enable-prefix-caching", "reuse the KV of equal prompt starts"),
         Flag("seed", "for requests that bring none", int),
         Flag("num-threads", "CPU compute threads", parse_count),
+    ),
+    "answers": (
+        switch("enable-force-include-usage", "streams carry usage in every chunk, asked for or not"),
+        switch("enable-per-request-metrics", "answers carry the times of their request as `metrics`"),
+        switch("return-tokens-as-token-ids", "log-probabilities name tokens as token_id:N"),
+        Flag("stream-interval", "tokens a chunk of a stream, after the first", parse_count),
+        switch("enable-tokenizer-info-endpoint", "GET /tokenizer_info shows the tokenizer's configuration"),
+        Flag("chat-template-content-format", "how templates see content: auto, string or openai"),
+        Flag("default-chat-template-kwargs", "JSON object: chat_template_kwargs of requests without them"),
+        Flag(
+            "allowed-chat-template-kwargs",
+            "names that requests may set; all others are refused",
+            is_list=True,
+        ),
+        switch("trust-request-chat-template", "requests may bring their own chat template"),
+        switch(
+            "parse-special-tokens-in-messages",
+            "control tokens that are written in messages count as such, as with vLLM",
+        ),
     ),
     "HTTP": (
         Flag("host", "address to listen on; 127.0.0.1 unless there is a key"),
@@ -100,6 +120,15 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("shutdown-timeout", "seconds that running requests get at the end; 0 = abort them", float),
         Flag("config", "YAML file with these flags as keys"),
     ),
+    "life of the engine": (
+        Flag("engine-watchdog-timeout", "seconds of silence after which an engine hangs; 0 = never", float),
+        Flag("engine-restart-wait", "seconds that a request waits for a new engine; 0 = refuse it", float),
+        Flag(
+            "max-engine-restarts",
+            "engines started in a row, none of which finished a request, before the server ends",
+            parse_count,
+        ),
+    ),
     "limits of one request": (
         Flag("max-request-bytes", "bytes of a body", parse_count),
         Flag("max-messages", "messages of a chat", parse_count),
@@ -110,5 +139,6 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("max-logit-bias", "entries of logit_bias and allowed_token_ids", parse_count),
         Flag("max-bad-words", "bad words", parse_count),
         Flag("max-logprobs", "log-probabilities a token", parse_count),
+        Flag("max-chat-template-bytes", "bytes of a request's own chat template", parse_count),
     ),
 }

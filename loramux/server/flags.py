@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 from loramux.engine.errors import InvalidConfig
 from loramux.server.flag import Flag
 from loramux.server.flag_table import FLAGS
-from loramux.server.vllm_flags import HARMLESS_VALUES, INERT_ALIASES, INERT_OPTIONS, INERT_SWITCHES
+from loramux.server.vllm_flags import ALWAYS_ON, HARMLESS_VALUES, INERT_ALIASES, INERT_OPTIONS, INERT_SWITCHES
 
 
 class ServeParser(argparse.ArgumentParser):
@@ -121,6 +121,8 @@ def _warnings(namespace: argparse.Namespace) -> list[str]:
     for dest, value in sorted(vars(namespace).items()):
         name = dest.removeprefix("inert ")
         if dest == name or value is None or value == [HARMLESS_VALUES.get(name)]:
+            continue
+        if value is True and name in ALWAYS_ON:
             continue
         shown = f"--no-{name}" if value is False else f"--{name}"
         found.append(f"{shown} has no effect in loramux")

@@ -18,4 +18,5 @@ class Limits:
     logit_bias: int = 1024  # --max-logit-bias: entries; also bounds allowed_token_ids
     bad_words: int = 128  # --max-bad-words
     logprobs: int = 20  # --max-logprobs: alternatives a token
+    chat_template_bytes: int = 64 << 10  # --max-chat-template-bytes: of a request's own template
     string_chars: int = 1024  # of one stop string or bad word

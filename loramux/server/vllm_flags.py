@@ -9,11 +9,11 @@ INERT_SWITCHES: Final = frozenset(
     """
     trust-remote-code enforce-eager enable-chunked-prefill fully-sharded-loras async-scheduling headless
     enable-tower-connector-lora specialize-active-lora enable-mixed-moe-lora-format enable-lora-bias
-    enable-moe-shared-loras enable-force-include-usage return-tokens-as-token-ids tokens-only enable-dbo
-    enable-prompt-tokens-details enable-per-request-metrics enable-server-load-tracking enable-ssl-refresh
+    enable-moe-shared-loras tokens-only enable-dbo
+    enable-prompt-tokens-details enable-server-load-tracking enable-ssl-refresh
     enable-request-id-headers enable-log-requests disable-log-requests enable-log-outputs disable-log-stats
-    log-error-stack enable-tokenizer-info-endpoint enable-offline-docs enable-sleep-mode enable-scale-out
-    enable-auto-tool-choice exclude-tools-when-tool-choice-none trust-request-chat-template
+    log-error-stack enable-offline-docs enable-sleep-mode enable-scale-out
+    enable-auto-tool-choice exclude-tools-when-tool-choice-none
     trust-request-mm-kwargs disable-frontend-multiprocessing enable-prompt-embeds use-tqdm-on-load
     disable-custom-all-reduce enable-expert-parallel disable-hybrid-kv-cache-manager skip-tokenizer-init
     disable-sliding-window disable-cascade-attn calculate-kv-scales enable-reasoning use-v2-block-manager
@@ -25,9 +25,9 @@ INERT_OPTIONS: Final = frozenset(
     tensor-parallel-size pipeline-parallel-size data-parallel-size api-server-count tokenizer-mode
     data-parallel-size-local data-parallel-address data-parallel-rpc-port data-parallel-backend
     data-parallel-rank data-parallel-start-rank
-    chat-template-content-format default-chat-template-kwargs reasoning-parser tool-call-parser
+    reasoning-parser tool-call-parser
     tool-parser-plugin reasoning-parser-plugin quantization kv-cache-dtype prefix-caching-hash-algo
-    scheduling-policy max-num-queued-reqs max-num-queued-tokens stream-interval load-format code-revision
+    max-num-queued-reqs max-num-queued-tokens load-format code-revision
     tokenizer-revision hf-overrides hf-config-path config-format fingerprint-mode fingerprint-value
     max-log-len logprobs-mode swap-space cpu-offload-gb default-mm-loras lora-target-modules uds
     max-lora-cls-labels lora-extra-vocab-size long-lora-scaling-factors middleware max-seq-len-to-capture
@@ -51,6 +51,12 @@ INERT_ALIASES: Final = {
     "-q": "quantization",
     "-O": "compilation-config",
 }
+ALWAYS_ON: Final = frozenset(  # switches that ask for what is the case anyway
+    """
+    enable-chunked-prefill enable-prompt-tokens-details enable-request-id-headers
+    enable-server-load-tracking
+    """.split()  # noqa: SIM905
+)
 HARMLESS_VALUES: Final = {  # asking for what is the case anyway needs no warning
     "tensor-parallel-size": "1",
     "pipeline-parallel-size": "1",
@@ -59,6 +65,4 @@ HARMLESS_VALUES: Final = {  # asking for what is the case anyway needs no warnin
     "tokenizer-mode": "auto",
     "load-format": "auto",
     "kv-cache-dtype": "auto",
-    "chat-template-content-format": "auto",
-    "scheduling-policy": "fcfs",
 }

@@ -13,13 +13,20 @@ from loramux.engine.types import Request, SequenceOutput, TokenSampling
 
 
 def make(
-    *, blocks: int = 64, lanes: int = 16, max_num_seqs: int = 8, budget: int = 64, cache: bool = True
+    *,
+    blocks: int = 64,
+    lanes: int = 16,
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    cache: bool = True,
+    by_priority: bool = False,
 ) -> Scheduler:
     return Scheduler(
         blocks=BlockManager(blocks, 4, enable_prefix_caching=cache),
         adapters=AdapterStore(LaneTable(lanes)),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        by_priority=by_priority,
     )
 
 
