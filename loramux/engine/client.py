@@ -1,6 +1,7 @@
 """The async door to the engine process: start it, talk to it, notice at once when it is gone.
 
-The server holds one `EngineClient`. It owns the child process and a ZeroMQ pair socket; one task
+An `EngineClient` is one process, from its start to its end; the server's `EngineKeeper` replaces it by
+another one when it dies. It owns the child process and a ZeroMQ pair socket; one task
 reads frames and hands every message to the stream or call that waits for it. All methods belong to
 the event loop that called `start`.
 """
@@ -16,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -63,6 +64,9 @@ class EngineClient:
         self.config = config
         self._command = command
         self.last_heartbeat_s = time.monotonic()  # when the engine last said anything
+        self.num_finished = 0  # sequences that ran to their end
+        self.last_stats = EngineStats()  # at most about a second old while the engine runs
+        self.on_stats: Callable[[EngineStats], None] = lambda _: None  # called with each new one
         self._info: EngineInfo | None = None
         self._dead: EngineDead | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -127,6 +131,13 @@ class EngineClient:
         self._info = await self._ready
         return self._info
 
+    def abandon(self, why: str) -> None:
+        """Kill the process, now; everything in flight fails with `EngineDead` and this reason."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        self._fail_everything(why)
+
     async def stop(self) -> None:
         """End the process: ask, then kill. Everything in flight fails with `EngineDead`."""
         self._stopping = True
@@ -136,7 +147,7 @@ class EngineClient:
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
             except TimeoutError:
-                self._process.kill()
+                self.abandon("the engine was stopped")
                 await self._process.wait()
         self._fail_everything("the engine was stopped")
         for task in self._tasks:
@@ -189,11 +200,21 @@ class EngineClient:
         assert reply.freed is not None
         return reply.freed
 
+    def restore_adapters(self, specs: Sequence[AdapterSpec]) -> None:
+        """Tell the engine of adapters that the one before it had loaded: requests may use them at once.
+
+        Raises:
+            EngineDead: the engine process ended.
+        """
+        self._send([messages.RestoreAdapters(list(specs))])
+
     async def stats(self) -> EngineStats:
         """A snapshot of the engine's load, taken between two steps."""
         call_id = next(self._call_ids)
         reply = await self._call(call_id, messages.GetStats(call_id))
         assert reply.stats is not None
+        self.last_stats = reply.stats
+        self.on_stats(reply.stats)
         return reply.stats
 
     async def _call(self, call_id: int, message: ToEngine) -> messages.Reply:
@@ -222,11 +243,15 @@ class EngineClient:
 
     async def _read_frames(self) -> None:
         assert self._socket is not None
-        while True:
-            frame = await self._socket.recv()
-            self.last_heartbeat_s = time.monotonic()
-            for message in messages.decode_from_engine(frame):
-                self._dispatch(message)
+        try:
+            while True:
+                frame = await self._socket.recv()
+                self.last_heartbeat_s = time.monotonic()
+                for message in messages.decode_from_engine(frame):
+                    self._dispatch(message)
+        except Exception:  # without a reader everybody would wait for ever
+            logger.exception("the engine's messages cannot be read")
+            self.abandon("the engine sent what cannot be read")
 
     def _dispatch(self, message: FromEngine) -> None:
         match message:
@@ -249,8 +274,10 @@ class EngineClient:
             case messages.StartFailed(error, text, param):
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_exception(from_wire(error, text, param))
-            case messages.Heartbeat():
-                pass
+            case messages.Heartbeat(stats):
+                if stats is not None:
+                    self.last_stats = stats
+                    self.on_stats(stats)
 
     async def _watch_process(self) -> None:
         assert self._process is not None
@@ -322,6 +349,7 @@ class SequenceStream:
                 raise item
             if item.request_id in self._running:  # else: aborted while it was on its way
                 if item.finish_reason is not None:
+                    self._client.num_finished += 1
                     self._forget(item.request_id)
                 return item
         raise StopAsyncIteration

@@ -25,7 +25,15 @@ from loramux.engine.errors import (
 )
 from loramux.engine.model_runner import ModelRunner
 from loramux.engine.scheduler import Scheduler
-from loramux.engine.types import AdapterSpec, EngineInfo, EngineStats, Request, SequenceOutput
+from loramux.engine.tally import Tally
+from loramux.engine.types import (
+    STEP_TOKENS_BOUNDS,
+    AdapterSpec,
+    EngineInfo,
+    EngineStats,
+    Request,
+    SequenceOutput,
+)
 
 STALLED_WAIT_S = 0.01  # longest sleep of a step in which nothing can run; bounds the delay of an abort
 
@@ -43,6 +51,8 @@ class Engine:
             UnsupportedModel, InvalidConfig: the model cannot be served as configured.
         """
         started = time.monotonic()
+        self._started_at = time.time()
+        self._step_tokens = Tally(STEP_TOKENS_BOUNDS)
         self.config = config
         self.runner = ModelRunner(config, on_layer)
         self.adapters = AdapterStore(
@@ -128,7 +138,8 @@ class Engine:
                 self.residency.wait(STALLED_WAIT_S)
             return []
         result = self.runner.execute(batch)  # the only call that computes
-        return self.scheduler.update(batch, result)  # append, finish, release
+        self._step_tokens.add(sum(item.count for item in batch.sequences))
+        return self.scheduler.update(batch, result, time.monotonic())  # append, finish, release
 
     def take_failures(self) -> list[tuple[str, LoramuxError]]:
         """Sequences that ended because their adapter could not be had, since the last call."""
@@ -190,9 +201,14 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot of the load."""
         s = self.scheduler
+        deferred = sum(
+            1 for seq in s.waiting if seq.adapter is not None and not self.adapters.is_on_device(seq.adapter)
+        )
         return EngineStats(
+            started_at=self._started_at,
             num_running=len(s.running),
             num_waiting=len(s.waiting),
+            num_deferred=deferred,
             num_preemptions=s.num_preemptions,
             kv_blocks_used=s.blocks.num_used,
             kv_blocks_total=s.blocks.num_blocks,
@@ -206,6 +222,10 @@ class Engine:
             host_adapters=self.adapters.on_host,
             host_bytes=self.adapters.host_bytes,
             host_evictions=self.adapters.num_host_evictions,
+            device_evictions=self.adapters.lanes.num_evictions,
+            step_tokens=self._step_tokens.distribution(),
+            host_load_s=self.residency.host_load_s.distribution(),
+            device_load_s=self.residency.device_load_s.distribution(),
             table_bytes=self.runner.table_bytes,
         )
 

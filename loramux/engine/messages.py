@@ -39,6 +39,12 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload", array_like=True):
     digest: str
 
 
+class RestoreAdapters(msgspec.Struct, frozen=True, tag="restore", array_like=True):
+    """Adapters that the engine before this one had loaded: usable at once, read when first needed."""
+
+    specs: list[AdapterSpec]
+
+
 class GetStats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
     """Ask for a snapshot of the engine's load; answered by `Reply`."""
 
@@ -49,7 +55,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
     """End the process after the current step."""
 
 
-ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | GetStats | Shutdown
+ToEngine = AddRequest | Abort | LoadAdapter | UnloadAdapter | RestoreAdapters | GetStats | Shutdown
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
@@ -93,7 +99,9 @@ class Reply(msgspec.Struct, frozen=True, tag="reply", array_like=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
-    """The step loop is alive; sent about once a second while it has nothing else to say."""
+    """The step loop is alive; sent about once a second, also while it has other things to say."""
+
+    stats: EngineStats | None = None
 
 
 FromEngine = Ready | StartFailed | Outputs | RequestFailed | Reply | Heartbeat

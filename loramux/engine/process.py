@@ -42,7 +42,7 @@ class EngineProcess:
         self._poller.register(pair, zmq.POLLIN)
         self._poller.register(engine.residency.wake_fd, zmq.POLLIN)
         self._out: list[FromEngine] = []
-        self._last_frame_s = 0.0
+        self._last_beat_s = 0.0
         self._stopping = False
 
     def run(self) -> None:
@@ -86,6 +86,9 @@ class EngineProcess:
                     self.engine.begin_unload(digest, partial(self._gone, call_id))
                 except LoramuxError as error:
                     self._loaded(call_id, error)
+            case messages.RestoreAdapters(specs):
+                for spec in specs:
+                    self.engine.restore_adapter(spec)
             case messages.GetStats(call_id):
                 self._out.append(messages.Reply(call_id, stats=self.engine.stats()))
             case messages.Shutdown():
@@ -105,12 +108,12 @@ class EngineProcess:
 
     def _send(self) -> None:
         now = time.monotonic()
-        if not self._out and now - self._last_frame_s >= HEARTBEAT_S:
-            self._out.append(messages.Heartbeat())
+        if now - self._last_beat_s >= HEARTBEAT_S:
+            self._out.append(messages.Heartbeat(self.engine.stats()))
+            self._last_beat_s = now
         if self._out:
             self._socket.send(messages.encode(self._out))
             self._out.clear()
-            self._last_frame_s = now
 
 
 def main(address: str, config_json: str) -> int:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager, hash_block, prefix_seed
 from loramux.engine.sequence import Sequence, SequenceStatus
-from loramux.engine.types import Request, SequenceOutput, TokenLogprobs
+from loramux.engine.types import Request, SequenceOutput, SequenceTiming, TokenLogprobs
 
 MAX_DEFERRAL_S = 2.0
 LOOK_AHEAD = 16  # waiting sequences beyond the admitted ones whose adapters are fetched already
@@ -148,8 +148,10 @@ class Scheduler:
             self._admit(chosen, budget, now)
         return ScheduledBatch(chosen) if chosen else None
 
-    def update(self, batch: ScheduledBatch, result: StepResult) -> list[SequenceOutput]:
-        """Take in a step's results: append, finish, release. Returns what to send."""
+    def update(
+        self, batch: ScheduledBatch, result: StepResult, now: float | None = None
+    ) -> list[SequenceOutput]:
+        """Take in a step's results: append, finish, release. Returns what to send, timed if `now` is given."""
         outputs: list[SequenceOutput] = []
         for item in batch.sequences:
             seq = item.seq
@@ -162,7 +164,7 @@ class Scheduler:
                 continue
             sampled = result.sampled[seq.request_id]
             seq.append(sampled.token_id)
-            output = self._output(seq, sampled)
+            output = self._output(seq, sampled, now)
             outputs.append(output)
             if output.finish_reason is not None:
                 self._finish(seq)
@@ -217,6 +219,8 @@ class Scheduler:
                 break  # first come, first served: nobody overtakes for want of KV
             skipped.pop()
             self._start(seq, hashes, found, fresh_needed)
+            if seq.started_s is None:
+                seq.started_s = now
             chosen.append(ScheduledSequence(seq, num_found, count))
             budget -= count
         self._look_ahead(wanted | {seq.adapter for seq in skipped if seq.adapter is not None})
@@ -287,9 +291,14 @@ class Scheduler:
             self.blocks.publish(seq.block_ids[index], seq.block_hashes[index], seq.adapter)
         seq.num_hashed_blocks = full
 
-    def _output(self, seq: Sequence, sampled: SampledToken) -> SequenceOutput:
+    def _output(self, seq: Sequence, sampled: SampledToken, now: float | None) -> SequenceOutput:
         reason, stop_reason = finish_reason(seq)
         first = seq.num_output == 1
+        if first and now is not None and seq.started_s is not None:
+            seq.timing = SequenceTiming(seq.started_s - seq.arrival_s, now - seq.started_s)
+        timing = seq.timing if first else None
+        if reason is not None and seq.timing is not None:
+            timing = SequenceTiming(seq.timing.queue_s, seq.timing.prefill_s, seq.num_preemptions)
         return SequenceOutput(
             request_id=seq.request_id,
             token_ids=[sampled.token_id],
@@ -300,6 +309,7 @@ class Scheduler:
             prompt_logprobs=(
                 [None, *seq.prompt_logprobs] if first and seq.sampling.prompt_logprobs is not None else None
             ),
+            timing=timing,
         )
 
     def _preempt(self, seq: Sequence) -> None:
@@ -307,6 +317,7 @@ class Scheduler:
         seq.prompt_logprobs = []
         seq.become(SequenceStatus.WAITING)
         self._enqueue(seq, again=True)
+        seq.num_preemptions += 1
         self.num_preemptions += 1
 
     def _enqueue(self, seq: Sequence, *, again: bool = False) -> None:

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Final
 
 from loramux.engine.adapters.lanes import LaneSpan
-from loramux.engine.types import Request, TokenLogprobs
+from loramux.engine.types import Request, SequenceTiming, TokenLogprobs
 
 
 class SequenceStatus(Enum):
@@ -46,11 +46,14 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_hashed_blocks",
+        "num_preemptions",
         "num_prompt",
         "prompt_logprobs",
         "request",
         "sampling",
         "seed",
+        "started_s",
+        "timing",
         "token_ids",
     )
 
@@ -69,6 +72,9 @@ class Sequence:
         self.lanes: LaneSpan | None = None  # device lanes while RUNNING with an adapter
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.seed = request.sampling.seed  # of its draws; the runner gives one to those without
+        self.started_s: float | None = None  # when its first step began
+        self.timing: SequenceTiming | None = None  # from its first token on
+        self.num_preemptions = 0
         self._status = SequenceStatus.WAITING
 
     @property

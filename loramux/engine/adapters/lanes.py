@@ -42,6 +42,7 @@ class LaneTable:
     def __init__(self, num_lanes: int) -> None:
         assert num_lanes % LANE_GROUP == 0
         self.num_lanes = num_lanes
+        self.num_evictions = 0
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
 
     @property
@@ -84,6 +85,7 @@ class LaneTable:
             victims.append(unpinned.pop(0))
         for victim in victims:
             del self._residents[victim]
+        self.num_evictions += len(victims)
         span = LaneSpan(first, count, rank)
         self._residents[digest] = _Resident(span)
         return span

@@ -12,6 +12,7 @@ import queue
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -37,6 +38,7 @@ class Finished:
     kind: JobKind
     digest: str
     result: HostAdapter | LoramuxError
+    seconds: float = 0.0  # that the job took
 
 
 Job = Callable[[], HostAdapter]
@@ -89,11 +91,12 @@ class AdapterLoader:
         torch.set_num_threads(1)  # of this thread: the others belong to the step loop
         while (job := self._jobs.get()) is not None:
             kind, digest, run = job
+            began_s = time.monotonic()
             try:
                 result: HostAdapter | LoramuxError = run()
             except LoramuxError as error:
                 result = error
             except Exception as error:  # noqa: BLE001 - a thread's top: one bad file must not end it
                 result = LoramuxError(f"the adapter could not be moved: {error!r}")
-            self._done.put(Finished(kind, digest, result))
+            self._done.put(Finished(kind, digest, result, time.monotonic() - began_s))
             self._wake_write.send(b"\0")

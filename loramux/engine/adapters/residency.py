@@ -16,7 +16,8 @@ from loramux.engine.adapters.loader import AdapterLoader, Finished, JobKind
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.adapters.weights import HostAdapter
 from loramux.engine.errors import LoramuxError
-from loramux.engine.types import AdapterSpec, FreedMemory
+from loramux.engine.tally import Tally
+from loramux.engine.types import MOVE_S_BOUNDS, AdapterSpec, FreedMemory
 
 OnLoaded = Callable[[LoramuxError | None], None]
 OnGone = Callable[[FreedMemory], None]
@@ -60,6 +61,8 @@ class AdapterResidency:
         self._known: dict[str, _Known] = {}
         self.loader = AdapterLoader()  # its thread ends with `loader.close`
         self.wake_fd = self.loader.wake_fd
+        self.host_load_s = Tally(MOVE_S_BOUNDS)
+        self.device_load_s = Tally(MOVE_S_BOUNDS)
 
     def load(self, spec: AdapterSpec, on_loaded: OnLoaded, *, pinned: bool = False) -> None:
         """Make an adapter usable; `on_loaded` is called with None, or with the reason why not."""
@@ -74,6 +77,12 @@ class AdapterResidency:
         known.on_loaded.append(on_loaded)
         self._try_device(spec.digest)
         self._answer_if_loaded(spec.digest, known)
+
+    def restore(self, spec: AdapterSpec) -> None:
+        """Know an adapter that was proven before, as if it had been evicted since."""
+        known = self._known.setdefault(spec.digest, _Known(spec))
+        known.was_loaded = True
+        self.store.add(spec.digest, spec.rank)
 
     def unload(self, digest: str, on_gone: OnGone) -> None:
         """Refuse new requests at once; `on_gone` is called when the last sequence has ended."""
@@ -112,8 +121,10 @@ class AdapterResidency:
             self._fail(finished.kind, digest, known, result)
             return
         if finished.kind is JobKind.COPY:
+            self.device_load_s.add(finished.seconds)
             self.store.device_ready(digest)
         else:
+            self.host_load_s.add(finished.seconds)
             known.host = result
             self.store.host_ready(digest, result.nbytes)
             if known.on_loaded and self.store.is_loaded(digest):
