@@ -1,0 +1,199 @@
+"""Grammars: what the text of a sequence must look like, token by token.
+
+llguidance compiles a JSON schema, a regular expression or a grammar in Lark into an automaton over the
+tokenizer's tokens. A sequence walks through it with a `GrammarMatcher`; before each of its tokens, a
+mask says which ones the grammar allows, and `GrammarMasks` computes those of a whole step at once.
+
+The tokenizer gets one more token than the model has: END, which a grammar allows exactly where a text
+may end. It is never sampled. Where it is allowed, the tokens that end the request are.
+
+Everything here is native code with bounds on its work (`PARSER_LIMITS`) that lets other threads run.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+from loramux.engine.errors import InvalidRequest
+from loramux.engine.types import GrammarSpec
+
+PARAM: Final = "structured_outputs"  # the field at fault, unless the server knows better
+END: Final = "<|loramux:end of grammar|>"
+MAX_LEXER_STATES: Final = 50_000  # 1 to 2 KB each; a schema of a page needs some hundreds
+PARSER_LIMITS: Final = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+_MAX_REASON_CHARS: Final = 300
+
+_SOURCES: Final[dict[str, Callable[[str], str]]] = {
+    "json_schema": LLMatcher.grammar_from_json_schema,
+    "regex": LLMatcher.grammar_from_regex,
+    "lark": LLMatcher.grammar_from_lark,
+}
+
+
+def load_tokenizer(folder: Path) -> LLTokenizer:
+    """The tokenizer of a model folder as grammars need it; takes some 0.3 s for 49,000 tokens.
+
+    Raises:
+        InvalidRequest: there is no tokenizer.json, or it cannot be used.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InvalidRequest("the model has no tokenizer.json, which grammars need", param=PARAM)
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_special_tokens([END])
+        return LLTokenizer(backend.to_str(), eos_token=backend.token_to_id(END))
+    except Exception as error:  # both libraries raise bare exceptions
+        raise InvalidRequest(f"the model's tokenizer cannot be used for grammars: {error}", param=PARAM) from error
+
+
+def compile_grammar(spec: GrammarSpec, tokenizer: LLTokenizer) -> LLMatcher:
+    """A matcher at the start of the grammar, to make copies of.
+
+    Raises:
+        InvalidRequest: the grammar is wrong, too large, or no text can match it.
+    """
+    try:
+        source = _SOURCES[spec.kind](spec.text)
+    except ValueError as error:
+        raise InvalidRequest(f"the grammar cannot be read: {_reason(str(error))}", param=PARAM) from error
+    matcher = LLMatcher(tokenizer, source, log_level=0, limits=PARSER_LIMITS)
+    if not matcher.is_error():
+        mask = np.empty((1, _num_words(tokenizer)), dtype=np.int32)
+        fill_next_token_bitmask(matcher, mask)  # what is found on the way is shared by all copies
+        if not matcher.is_error() and not matcher.is_accepting() and matcher.is_stopped():
+            raise InvalidRequest("no text can match the grammar", param=PARAM)
+    if matcher.is_error():
+        raise InvalidRequest(f"the grammar cannot be used: {_reason(matcher.get_error())}", param=PARAM)
+    return matcher
+
+
+class GrammarMatcher:
+    """Where one sequence stands in its grammar.
+
+    It is made empty and becomes ready in another thread, when the grammar is compiled. From then on
+    it belongs to the step loop.
+    """
+
+    __slots__ = ("_matcher", "request_id")
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._matcher: LLMatcher | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """True once the grammar is compiled."""
+        return self._matcher is not None
+
+    def start(self, compiled: LLMatcher) -> None:
+        """Become ready, at the start of the grammar."""
+        self._matcher = compiled.deep_copy()
+
+    @property
+    def matcher(self) -> LLMatcher:
+        """llguidance's own; only when ready."""
+        assert self._matcher is not None
+        return self._matcher
+
+    def accept(self, token_id: int) -> None:
+        """Go on by one token that the mask allowed."""
+        self.matcher.consume_token(token_id)
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the text is complete and nothing may follow."""
+        return self.matcher.is_stopped() and not self.matcher.is_error()
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on, empty if it can."""
+        return _reason(self.matcher.get_error()) if self.matcher.is_error() else ""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRow:
+    """A sequence of the step that has a grammar."""
+
+    matcher: GrammarMatcher
+    end_token_ids: Sequence[int]  # tokens that may end its text, where the grammar allows an end
+
+
+@dataclass(frozen=True, slots=True)
+class FilledMasks:
+    """The masks of one step."""
+
+    forbidden: npt.NDArray[np.bool_]  # [num_rows, vocab_size]; rows in `ended` and `failed` forbid nothing
+    ended: list[int] = field(default_factory=list)  # rows whose text is complete: no token can follow
+    failed: dict[int, str] = field(default_factory=dict)  # rows that cannot go on, and why
+
+
+class GrammarMasks:
+    """Computes the masks of a step, in parallel over its rows."""
+
+    def __init__(self, vocab_size: int, *, num_threads: int | None = None) -> None:
+        """Args:
+        vocab_size: columns of the model's logits; may exceed the tokenizer's tokens, which are padded
+            with forbidden ones, or fall short of them.
+        num_threads: None = as many as there are cores.
+        """
+        self._vocab_size = vocab_size
+        self._executor = LLExecutor(num_threads or os.cpu_count() or 1)
+
+    def fill(self, rows: Sequence[MaskRow], tokenizer: LLTokenizer) -> FilledMasks:
+        """The masks for the next token of each row."""
+        bits = np.zeros((len(rows), _num_words(tokenizer)), dtype=np.int32)
+        if len(rows) == 1:
+            fill_next_token_bitmask(rows[0].matcher.matcher, bits)
+        else:
+            pairs = [(row.matcher.matcher, index) for index, row in enumerate(rows)]
+            fill_next_token_bitmask_par(self._executor, pairs, bits)
+        words = bits.view(np.uint32)
+        word, bit = divmod(tokenizer.eos_token, 32)
+        may_end = (words[:, word] >> bit) & 1
+        words[:, word] &= ~np.uint32(1 << bit)
+        filled = FilledMasks(self._unpack(bits))
+        goes_on = bits.any(axis=1)
+        for index, row in enumerate(rows):
+            if goes_on[index]:
+                if may_end[index]:
+                    filled.forbidden[index, row.end_token_ids] = False
+                continue
+            filled.forbidden[index] = False
+            reason = row.matcher.error
+            if reason or not may_end[index]:
+                filled.failed[index] = reason or "no token can follow"
+            else:
+                filled.ended.append(index)
+        return filled
+
+    def _unpack(self, bits: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """[num_rows, words] of packed bits as [num_rows, vocab_size] of what is not allowed."""
+        allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=None)
+        forbidden = np.ones((len(bits), self._vocab_size), dtype=np.bool_)
+        width = min(allowed.shape[1], self._vocab_size)
+        np.equal(allowed[:, :width], 0, out=forbidden[:, :width])
+        return forbidden
+
+
+def _num_words(tokenizer: LLTokenizer) -> int:
+    return -(-tokenizer.vocab_size // 32)
+
+
+def _reason(text: str) -> str:
+    """The first line of llguidance's words, not too long."""
+    lines = text.strip().splitlines() or ["unknown error"]
+    return lines[0].removesuffix("<non-verbose/>").strip()[:_MAX_REASON_CHARS]
