@@ -1,0 +1,195 @@
+"""What a model's answer consists of: reasoning, text, and calls of tools.
+
+`MessageParser` reads the deltas of one choice and says what each of them adds. Chats use it for whole
+answers and for streams alike, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loramux.server.choice import Delta
+from loramux.server.reasoning import ReasoningFormat, ReasoningSplitter
+from loramux.server.tool_parsers.base import CallArguments, CallStart, Event, Text, ToolParser
+
+
+class ReasoningPart(NamedTuple):
+    """More of the reasoning."""
+
+    text: str
+
+
+class TextPart(NamedTuple):
+    """More of the text."""
+
+    text: str
+
+
+class CallPart(NamedTuple):
+    """A call begins: its place among the calls, an id of its own, the tool's name."""
+
+    number: int
+    id: str
+    name: str
+
+
+class ArgumentsPart(NamedTuple):
+    """More of the arguments of a call; joined they are a JSON text."""
+
+    number: int  # of the call
+    text: str
+
+
+MessagePart = ReasoningPart | TextPart | CallPart | ArgumentsPart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessagePlan:
+    """How the answers of one call are read; one plan for all choices.
+
+    The default reads everything as text.
+    """
+
+    reasoning: ReasoningFormat | None = None
+    make_tool_parser: Callable[[], ToolParser] | None = None
+    parallel_calls: bool = True  # False keeps the first call only
+    calls_end_turn: bool = True  # calls make the finish reason "tool_calls"; not with a named tool
+
+    def parser(self, prompt_end: str) -> MessageParser:
+        """A parser for one choice, whose prompt ends so."""
+        splitter = self.reasoning.splitter(prompt_end) if self.reasoning else None
+        tools = self.make_tool_parser() if self.make_tool_parser else None
+        return MessageParser(self, splitter, tools)
+
+
+class MessageParser:
+    """Reads one choice.
+
+    Args:
+        plan: how.
+        splitter: tells reasoning from the rest, if the model reasons.
+        tools: finds calls in the rest, if there may be any.
+    """
+
+    def __init__(
+        self, plan: MessagePlan, splitter: ReasoningSplitter | None, tools: ToolParser | None
+    ) -> None:
+        self._plan = plan
+        self._splitter = splitter
+        self._tools = tools
+        self._blank: list[str] = []  # white space that is dropped if a call is beside it
+        self._text_since_call = False
+        self.num_calls = 0
+        self.num_reasoning_tokens = 0
+
+    def add(self, delta: Delta) -> list[MessagePart]:
+        """What a delta adds; the last one, which has a finish reason, settles everything."""
+        is_last = delta.finish_reason is not None
+        if self._splitter is None and self._tools is None:
+            return [TextPart(delta.text)] if delta.text else []
+        parts: list[MessagePart] = []
+        text = delta.text
+        if self._splitter is not None:
+            if not self._splitter.is_over:
+                self.num_reasoning_tokens += len(delta.token_ids)
+            text = self._split(self._splitter, text, parts, is_last=is_last)
+        if self._tools is None:
+            return [*parts, TextPart(text)] if text else parts
+        events = self._tools.feed(text) if text else []
+        if is_last:
+            events += self._tools.finish()
+        for event in events:
+            self._add_event(event, parts)
+        if is_last and self._blank and not self.num_calls:
+            parts.append(TextPart("".join(self._blank)))
+        return parts
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """The finish reason that a client sees for the engine's."""
+        if reason == "stop" and self.num_calls and self._plan.calls_end_turn:
+            return "tool_calls"
+        return reason
+
+    def _split(
+        self, splitter: ReasoningSplitter, text: str, parts: list[MessagePart], *, is_last: bool
+    ) -> str:
+        """Put the reasoning aside; returns the rest."""
+        reasoning, content = splitter.feed(text)
+        if is_last:
+            rest = splitter.finish()
+            reasoning, content = reasoning + rest.reasoning, content + rest.content
+        if reasoning:
+            parts.append(ReasoningPart(reasoning))
+        return content
+
+    def _add_event(self, event: Event, parts: list[MessagePart]) -> None:
+        match event:
+            case Text(text):
+                self._add_text(text, parts)
+            case CallStart(name):
+                self.num_calls += 1
+                self._blank.clear()
+                self._text_since_call = False
+                if self._is_kept():
+                    id_ = f"chatcmpl-tool-{uuid.uuid4().hex}"
+                    parts.append(CallPart(self.num_calls - 1, id_, name))
+            case CallArguments(text):
+                if self._is_kept():
+                    parts.append(ArgumentsPart(self.num_calls - 1, text))
+
+    def _is_kept(self) -> bool:
+        return self._plan.parallel_calls or self.num_calls == 1
+
+    def _add_text(self, text: str, parts: list[MessagePart]) -> None:
+        if not self._text_since_call:
+            if text.isspace():
+                self._blank.append(text)
+                return
+            text = "".join((*self._blank, text))
+            self._blank.clear()
+            self._text_since_call = True
+        parts.append(TextPart(text))
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One call, whole."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class Message:
+    """An answer put together from its parts."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[CallRecord] = field(default_factory=list)
+
+
+def join_parts(parts: list[MessagePart]) -> Message:
+    """The whole message that the parts of one choice make."""
+    message = Message()
+    texts: list[str] = []
+    reasoning: list[str] = []
+    arguments: list[list[str]] = []
+    for part in parts:
+        match part:
+            case TextPart(text):
+                texts.append(text)
+            case ReasoningPart(text):
+                reasoning.append(text)
+            case CallPart(_, id_, name):
+                message.calls.append(CallRecord(id_, name))
+                arguments.append([])
+            case ArgumentsPart(number, text):
+                arguments[number].append(text)
+    for call, pieces in zip(message.calls, arguments, strict=True):
+        call.arguments = "".join(pieces)
+    message.text, message.reasoning = "".join(texts), "".join(reasoning)
+    return message
