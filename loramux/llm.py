@@ -263,6 +263,8 @@ class LLM:
                         bar.update()
                         if output.finish_reason is None:  # a stop string ended it
                             self._engine.abort([output.request_id])
+                    for _, error in self._engine.take_failures():
+                        raise error
         finally:
             self._engine.abort(list(streams))  # after an error or Ctrl-C, leave nothing behind
 

@@ -25,6 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 1 << 30  # CPU only; a GPU takes what gpu_memory_utilization leaves
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    tokenizer: str | None = None  # folder with tokenizer.json, for grammars; None = the model's
+    grammar_compile_timeout_s: float = 10.0  # one grammar; its request fails
     scheduling_policy: str = "fcfs"  # fcfs | priority
     seed: int = 0  # for requests that bring none
     num_threads: int | None = None  # CPU compute threads; None = one a physical core

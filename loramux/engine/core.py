@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 from loramux.engine.adapters.lanes import LaneTable
+from loramux.engine.adapters.loader import AdapterLoader
 from loramux.engine.adapters.residency import AdapterResidency, OnGone, OnLoaded
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager
@@ -23,6 +25,8 @@ from loramux.engine.errors import (
     InvalidRequest,
     LoramuxError,
 )
+from loramux.engine.grammar import PARAM
+from loramux.engine.grammar_compiler import GrammarCompiler
 from loramux.engine.model_runner import ModelRunner
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.tally import Tally
@@ -81,7 +85,10 @@ class Engine:
             forget_kv=self.scheduler.blocks.forget,
             fail_waiting=self._fail_waiting,
         )
-        self._close = weakref.finalize(self, self.residency.loader.close)
+        self.grammars = GrammarCompiler(
+            Path(config.tokenizer or config.model).expanduser(), timeout_s=config.grammar_compile_timeout_s
+        )
+        self._close = weakref.finalize(self, _close, self.residency.loader, self.grammars)
         self._failures: list[tuple[str, LoramuxError]] = []
         self.info = self._describe(time.monotonic() - started)
 
@@ -114,7 +121,9 @@ class Engine:
             )
         if request.adapter is not None and not self.adapters.is_loaded(request.adapter):
             raise AdapterNotFound(f"adapter {request.adapter[:12]} is not loaded", param="model")
-        self.scheduler.add(request, time.monotonic())
+        grammar = request.sampling.grammar
+        matcher = None if grammar is None else self.grammars.open(request.request_id, grammar)
+        self.scheduler.add(request, time.monotonic(), matcher)
 
     def abort(self, request_ids: list[str]) -> None:
         """Stop sequences; unknown ids (already finished) are fine."""
@@ -128,21 +137,24 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Run one batch: at most one forward pass, at most one new token a sequence.
 
-        When every sequence waits for an adapter, sleeps a moment for the loader instead.
+        When every sequence waits for an adapter or a grammar, sleeps a moment for those instead.
         """
         self.residency.advance()  # adapters that arrived, adapters to fetch
+        for request_id, error in self.grammars.advance():  # grammars that are compiled
+            self._fail(request_id, error)
         batch = self.scheduler.schedule(time.monotonic())  # who runs, with which blocks and lanes
         if batch is None:
             if self.scheduler.has_work():
                 self.residency.advance()  # the scheduler may just have asked for an adapter
-                self.residency.wait(STALLED_WAIT_S)
+                self.grammars.wait(STALLED_WAIT_S, self.residency.wake_fd)
             return []
-        result = self.runner.execute(batch)  # the only call that computes
+        result = self.runner.execute(batch, self.grammars.tokenizer)  # the only call that computes
         self._step_tokens.add(sum(item.count for item in batch.sequences))
+        self._failures += [(id_, InvalidRequest(why, param=PARAM)) for id_, why in result.failed.items()]
         return self.scheduler.update(batch, result, time.monotonic())  # append, finish, release
 
     def take_failures(self) -> list[tuple[str, LoramuxError]]:
-        """Sequences that ended because their adapter could not be had, since the last call."""
+        """Sequences that ended because their adapter or their grammar failed, since the last call."""
         failures, self._failures = self._failures, []
         return failures
 
@@ -245,6 +257,10 @@ class Engine:
                 "raise --max-loras or --num-lanes"
             )
 
+    def _fail(self, request_id: str, error: LoramuxError) -> None:
+        self.scheduler.abort(request_id)
+        self._failures.append((request_id, error))
+
     def _fail_waiting(self, digest: str, error: LoramuxError) -> None:
         self._failures += [(request_id, error) for request_id in self.scheduler.fail_waiting(digest)]
 
@@ -264,3 +280,8 @@ class Engine:
             lora_sites=model.lora_sites() if self.config.enable_lora else {},
             load_seconds=load_seconds,
         )
+
+
+def _close(loader: AdapterLoader, grammars: GrammarCompiler) -> None:
+    loader.close()
+    grammars.close()

@@ -57,7 +57,9 @@ def load_tokenizer(folder: Path) -> LLTokenizer:
         backend.add_special_tokens([END])
         return LLTokenizer(backend.to_str(), eos_token=backend.token_to_id(END))
     except Exception as error:  # both libraries raise bare exceptions
-        raise InvalidRequest(f"the model's tokenizer cannot be used for grammars: {error}", param=PARAM) from error
+        raise InvalidRequest(
+            f"the model's tokenizer cannot be used for grammars: {error}", param=PARAM
+        ) from error
 
 
 def compile_grammar(spec: GrammarSpec, tokenizer: LLTokenizer) -> LLMatcher:
@@ -74,8 +76,6 @@ def compile_grammar(spec: GrammarSpec, tokenizer: LLTokenizer) -> LLMatcher:
     if not matcher.is_error():
         mask = np.empty((1, _num_words(tokenizer)), dtype=np.int32)
         fill_next_token_bitmask(matcher, mask)  # what is found on the way is shared by all copies
-        if not matcher.is_error() and not matcher.is_accepting() and matcher.is_stopped():
-            raise InvalidRequest("no text can match the grammar", param=PARAM)
     if matcher.is_error():
         raise InvalidRequest(f"the grammar cannot be used: {_reason(matcher.get_error())}", param=PARAM)
     return matcher
@@ -166,9 +166,9 @@ class GrammarMasks:
         may_end = (words[:, word] >> bit) & 1
         words[:, word] &= ~np.uint32(1 << bit)
         filled = FilledMasks(self._unpack(bits))
-        goes_on = bits.any(axis=1)
+        goes_on = np.any(bits, axis=1, keepdims=True)
         for index, row in enumerate(rows):
-            if goes_on[index]:
+            if goes_on[index, 0]:
                 if may_end[index]:
                     filled.forbidden[index, row.end_token_ids] = False
                 continue
@@ -194,6 +194,7 @@ def _num_words(tokenizer: LLTokenizer) -> int:
 
 
 def _reason(text: str) -> str:
-    """The first line of llguidance's words, not too long."""
-    lines = text.strip().splitlines() or ["unknown error"]
-    return lines[0].removesuffix("<non-verbose/>").strip()[:_MAX_REASON_CHARS]
+    """llguidance's words on one line, not too many."""
+    if text.startswith("NoExtension"):
+        return "no text can match it"
+    return " ".join(text.replace("<non-verbose/>", "").split())[:_MAX_REASON_CHARS] or "unknown error"

@@ -73,9 +73,8 @@ class GrammarCompiler:
         return self._wake_read.fileno()
 
     @property
-    def tokenizer(self) -> LLTokenizer:
-        """The tokenizer; only once a matcher is ready."""
-        assert self._tokenizer is not None
+    def tokenizer(self) -> LLTokenizer | None:
+        """The tokenizer; there is one once a matcher is ready."""
         return self._tokenizer
 
     def open(self, request_id: str, spec: GrammarSpec) -> GrammarMatcher:
@@ -111,7 +110,9 @@ class GrammarCompiler:
                 continue
             del self._pending[job.spec]
             if isinstance(result, LoramuxError):
-                failures += [(m.request_id, type(result)(result.message, param=result.param)) for m in job.matchers]
+                failures += [
+                    (m.request_id, type(result)(result.message, param=result.param)) for m in job.matchers
+                ]
                 continue
             self._remember(job.spec, _Compiled(result, 1 + math.floor(seconds / UNIT_S)))
             for matcher in job.matchers:
@@ -120,13 +121,15 @@ class GrammarCompiler:
 
     def wait(self, timeout_s: float, *others: int) -> None:
         """Sleep until a compilation has ended, or another descriptor is readable."""
-        select.select([self._wake_read, *others], [], [], timeout_s)
+        select.select([self._wake_read.fileno(), *others], [], [], timeout_s)
 
     def close(self) -> None:
         """End the thread after its current job."""
         self._jobs.put(None)
         if self._thread is not None:
             self._thread.join(1.0)
+        self._wake_read.close()
+        self._wake_write.close()
 
     def _remember(self, spec: GrammarSpec, compiled: _Compiled) -> None:
         self._cache[spec] = compiled
@@ -150,7 +153,9 @@ class GrammarCompiler:
             job.is_abandoned = True
             self._num_abandoned += 1
             del self._pending[job.spec]
-            message = f"the grammar takes longer than {self._timeout_s:g} s to compile (--grammar-compile-timeout)"
+            message = (
+                f"the grammar takes longer than {self._timeout_s:g} s to compile (--grammar-compile-timeout)"
+            )
             failures += [(m.request_id, InvalidRequest(message, param=PARAM)) for m in job.matchers]
             self._thread = None
             self._start_thread()
@@ -172,7 +177,8 @@ class GrammarCompiler:
             except Exception as error:  # noqa: BLE001 - a thread's top: one bad grammar must not end it
                 result = InvalidRequest(f"the grammar cannot be compiled: {error!r}", param=PARAM)
             self._done.put((job, result, time.monotonic() - began_s))
-            self._wake_write.send(b"\0")
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self._wake_write.send(b"\0")
             if job.is_abandoned:
                 return
 

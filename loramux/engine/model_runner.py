@@ -9,12 +9,14 @@ from collections.abc import Callable, Set
 from pathlib import Path
 
 import torch
+from llguidance import LLTokenizer
 from torch import Tensor
 
 from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
+from loramux.engine.grammar_step import IMPOSSIBLE, GrammarStep, StepMasks
 from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
 from loramux.engine.kernels.cpu.backend import CpuAttention, supports
 from loramux.engine.kernels.tables import AdapterTables
@@ -91,6 +93,7 @@ class ModelRunner:
             device=self.device,
         )
         self._random = random.Random(config.seed)
+        self._grammars = GrammarStep(self.model_config.vocab_size)
 
     @torch.inference_mode()
     def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
@@ -119,14 +122,20 @@ class ModelRunner:
         return sum(tables.nbytes for tables in list(self.tables.values()))
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Run the model once and sample."""
+    def execute(self, batch: ScheduledBatch, tokenizer: LLTokenizer | None = None) -> StepResult:
+        """Run the model once and sample.
+
+        Args:
+            tokenizer: of the grammars; needed if a sequence of the batch has one.
+        """
         inputs = self._builder.build(batch, self.tables)
+        masks = self._grammars.begin(inputs.order, tokenizer)  # computed beside the model
         hidden = self.model.forward(inputs, self._caches)
         if not len(hidden):
             return StepResult({})  # every sequence is in the middle of its prompt
         logits = self.model.logits(hidden, inputs.tables)
-        return StepResult(self._sample(logits, inputs), _prompt_logprobs(logits, inputs))
+        prompt_logprobs = _prompt_logprobs(logits, inputs)
+        return self._sample(logits, inputs, masks.result() if masks else None, prompt_logprobs)
 
     def _seed(self, seq: Sequence) -> int:
         """The sequence's own seed; one that brought none gets one, which survives a preemption."""
@@ -134,22 +143,33 @@ class ModelRunner:
             seq.seed = self._random.getrandbits(64)
         return seq.seed & 0xFFFFFFFFFFFFFFFF
 
-    def _sample(self, logits: Tensor, inputs: ModelInput) -> dict[str, SampledToken]:
+    def _sample(
+        self,
+        logits: Tensor,
+        inputs: ModelInput,
+        masks: StepMasks | None,
+        prompt_logprobs: dict[str, list[TokenLogprobs]],
+    ) -> StepResult:
         pairs = [
             (item.seq, rows[1] - 1)
             for item, rows in zip(inputs.order, inputs.logits_rows, strict=True)
             if item.samples
         ]
         if not pairs:
-            return {}
+            return StepResult({}, prompt_logprobs)
         index = [row for _, row in pairs]
         picked = logits if len(index) == logits.shape[0] else logits[index]
         rows = [SamplingRow(seq.sampling, self._seed(seq), seq.token_ids, seq.num_prompt) for seq, _ in pairs]
-        out = sample(picked, rows)
-        return {
+        mask = masks.token_mask([seq for seq, _ in pairs], picked.device) if masks else None
+        out = sample(picked, rows, mask)
+        sampled = {
             seq.request_id: SampledToken(token, logprobs)
             for (seq, _), token, logprobs in zip(pairs, out.token_ids, out.logprobs, strict=True)
         }
+        if masks is None:
+            return StepResult(sampled, prompt_logprobs)
+        failed = {pairs[row][0].request_id: IMPOSSIBLE for row in out.impossible} | masks.failed
+        return StepResult(sampled, prompt_logprobs, masks.ended, failed)
 
     def _size_kv_cache(self, config: EngineConfig) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""

@@ -19,10 +19,12 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import deque
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager, hash_block, prefix_seed
+from loramux.engine.grammar import GrammarMatcher
 from loramux.engine.sequence import Sequence, SequenceStatus
 from loramux.engine.types import Request, SequenceOutput, SequenceTiming, TokenLogprobs
 
@@ -70,6 +72,8 @@ class StepResult:
 
     sampled: dict[str, SampledToken]
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    ended: Set[str] = frozenset()  # sampled nothing: their grammar is complete
+    failed: Mapping[str, str] = field(default_factory=dict)  # sampled nothing: no token was possible; why
 
 
 class Scheduler:
@@ -106,10 +110,10 @@ class Scheduler:
         """True while any sequence is waiting or running."""
         return bool(self._by_id)
 
-    def add(self, request: Request, now: float) -> None:
-        """Queue a request; its adapter must be loaded."""
+    def add(self, request: Request, now: float, matcher: GrammarMatcher | None = None) -> None:
+        """Queue a request; its adapter must be loaded. It starts when `matcher` is ready, if it has one."""
         assert request.request_id not in self._by_id
-        seq = Sequence(request, now)
+        seq = Sequence(request, now, matcher)
         if seq.adapter is not None:
             self.adapters.lease(seq.adapter)
         self._by_id[seq.request_id] = seq
@@ -151,7 +155,7 @@ class Scheduler:
     def update(
         self, batch: ScheduledBatch, result: StepResult, now: float | None = None
     ) -> list[SequenceOutput]:
-        """Take in a step's results: append, finish, release. Returns what to send, timed if `now` is given."""
+        """Take in a step's results: append, finish, release. Returns what to send, timed if `now`."""
         outputs: list[SequenceOutput] = []
         for item in batch.sequences:
             seq = item.seq
@@ -162,8 +166,12 @@ class Scheduler:
             seq.prompt_logprobs += result.prompt_logprobs.get(seq.request_id, [])
             if not item.samples:
                 continue
-            sampled = result.sampled[seq.request_id]
-            seq.append(sampled.token_id)
+            if seq.request_id in result.failed:
+                self._finish(seq)
+                continue
+            sampled = None if seq.request_id in result.ended else result.sampled[seq.request_id]
+            if sampled is not None:
+                seq.append(sampled.token_id)
             output = self._output(seq, sampled, now)
             outputs.append(output)
             if output.finish_reason is not None:
@@ -211,6 +219,8 @@ class Scheduler:
                 if not has_room and starving is None and now - seq.arrival_s > MAX_DEFERRAL_S:
                     starving = seq.adapter
                 continue
+            if seq.matcher is not None and not seq.matcher.is_ready:
+                continue  # its grammar is being compiled
             hashes, found = self._find_prefix(seq)
             num_found = len(found) * self.blocks.block_size
             count = min(seq.num_tokens - num_found, budget)
@@ -291,9 +301,9 @@ class Scheduler:
             self.blocks.publish(seq.block_ids[index], seq.block_hashes[index], seq.adapter)
         seq.num_hashed_blocks = full
 
-    def _output(self, seq: Sequence, sampled: SampledToken, now: float | None) -> SequenceOutput:
-        reason, stop_reason = finish_reason(seq)
-        first = seq.num_output == 1
+    def _output(self, seq: Sequence, sampled: SampledToken | None, now: float | None) -> SequenceOutput:
+        reason, stop_reason = ("stop", None) if sampled is None else finish_reason(seq)
+        first = seq.num_output == (0 if sampled is None else 1)
         if first and now is not None and seq.started_s is not None:
             seq.timing = SequenceTiming(seq.started_s - seq.arrival_s, now - seq.started_s)
         timing = seq.timing if first else None
@@ -301,11 +311,11 @@ class Scheduler:
             timing = SequenceTiming(seq.timing.queue_s, seq.timing.prefill_s, seq.num_preemptions)
         return SequenceOutput(
             request_id=seq.request_id,
-            token_ids=[sampled.token_id],
+            token_ids=[] if sampled is None else [sampled.token_id],
             finish_reason=reason,
             stop_reason=stop_reason,
             num_cached_tokens=seq.num_cached,
-            logprobs=[sampled.logprobs] if sampled.logprobs is not None else None,
+            logprobs=[sampled.logprobs] if sampled is not None and sampled.logprobs is not None else None,
             prompt_logprobs=(
                 [None, *seq.prompt_logprobs] if first and seq.sampling.prompt_logprobs is not None else None
             ),
@@ -372,6 +382,8 @@ def finish_reason(seq: Sequence) -> tuple[str | None, int | None]:
             return "stop", None
         if token in sampling.stop_token_ids:
             return "stop", token
+    if seq.matcher is not None and seq.matcher.is_finished:
+        return "stop", None
     if seq.num_output >= sampling.max_tokens:
         return "length", None
     return None, None

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Final
 
 from loramux.engine.adapters.lanes import LaneSpan
+from loramux.engine.grammar import GrammarMatcher
 from loramux.engine.types import Request, SequenceTiming, TokenLogprobs
 
 
@@ -43,6 +44,7 @@ class Sequence:
         "block_hashes",
         "block_ids",
         "lanes",
+        "matcher",
         "num_cached",
         "num_computed",
         "num_hashed_blocks",
@@ -57,11 +59,12 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, arrival_s: float) -> None:
+    def __init__(self, request: Request, arrival_s: float, matcher: GrammarMatcher | None = None) -> None:
         self.request = request
         self.sampling = request.sampling
         self.adapter = request.adapter
         self.arrival_s = arrival_s
+        self.matcher = matcher  # where it stands in its grammar; goes on with `append`, kept by a preemption
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0  # tokens whose KV is in the blocks
@@ -110,3 +113,5 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.token_ids.append(token_id)
+        if self.matcher is not None and token_id not in self.sampling.end_token_ids:
+            self.matcher.accept(token_id)

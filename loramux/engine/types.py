@@ -43,6 +43,11 @@ class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     grammar: GrammarSpec | None = None  # only tokens that it allows are sampled
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Every token that ends the sequence."""
+        return [*self.eos_token_ids, *self.stop_token_ids] if self.stop_token_ids else self.eos_token_ids
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate, as the engine sees it."""

@@ -15,7 +15,6 @@ import msgspec
 
 from loramux.engine.errors import InvalidRequest
 from loramux.engine.types import GrammarSpec
-from loramux.server.limits import Limits
 
 OPTIONS_KEY: Final = "x-guidance"  # where llguidance looks for its options inside a schema
 KINDS: Final = ("json", "regex", "choice", "grammar", "json_object")

@@ -1,7 +1,8 @@
 """From logits to tokens, vectorised over the batch; a row pays only for what it asks.
 
 Order of processing, as users of such servers know it: allowed_token_ids, bad_words, min_tokens and
-logit_bias; repetition, presence and frequency penalties; temperature; min_p; top_k; top_p; draw.
+logit_bias; repetition, presence and frequency penalties; the grammar's mask; temperature; min_p; top_k;
+top_p; draw.
 Log-probabilities are taken from the raw logits, before any of it.
 
 A draw uses one uniform number a row, hashed from the request's seed and the index of the token to
@@ -10,7 +11,7 @@ come, so a seeded request gives the same tokens alone, in any batch and after a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -46,33 +47,43 @@ class SamplingRow:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenMask:
+    """What the grammars of some rows forbid."""
+
+    rows: list[int]  # which
+    forbidden: Tensor  # [len(rows), vocab_size] bool, on the device of the logits
+
+
+@dataclass(frozen=True, slots=True)
 class SamplerOutput:
     """One token a row, and log-probabilities for the rows that asked."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    impossible: list[int] = field(default_factory=list)  # rows that nothing is left of: no token is right
 
 
-def sample(logits: Tensor, rows: list[SamplingRow]) -> SamplerOutput:
+def sample(logits: Tensor, rows: list[SamplingRow], mask: TokenMask | None = None) -> SamplerOutput:
     """Choose the next token of every row.
 
     Args:
         logits: [num_rows, vocab_size], any float dtype; not changed
+        mask: of the rows that have a grammar
     """
     raw = logits.float()
-    processed = process_logits(raw, rows)
+    processed = process_logits(raw, rows, mask)
     token_ids = processed.argmax(dim=-1)
     drawing = [i for i, row in enumerate(rows) if not row.is_greedy]
     if drawing:
         token_ids[drawing] = _draw(processed[drawing], [rows[i] for i in drawing])
     ids = token_ids.tolist()
-    return SamplerOutput(ids, _requested_logprobs(raw, ids, rows))
+    return SamplerOutput(ids, _requested_logprobs(raw, ids, rows), _impossible(processed, rows, mask))
 
 
-def process_logits(raw: Tensor, rows: list[SamplingRow]) -> Tensor:
+def process_logits(raw: Tensor, rows: list[SamplingRow], mask: TokenMask | None = None) -> Tensor:
     """Apply everything that comes before the temperature. Copies only if some row asks for it."""
     changed = [i for i, row in enumerate(rows) if _is_changed(row)]
-    if not changed:
+    if not changed and mask is None:
         return raw
     logits = raw.clone()
     for i in changed:
@@ -80,6 +91,10 @@ def process_logits(raw: Tensor, rows: list[SamplingRow]) -> Tensor:
     penalised = [i for i in changed if _is_penalised(rows[i].sampling)]
     if penalised:
         logits[penalised] = _penalise(logits[penalised], [rows[i] for i in penalised])
+    if mask is not None and len(mask.rows) == len(rows):
+        logits.masked_fill_(mask.forbidden, NEG_INF)
+    elif mask is not None:
+        logits[mask.rows] = logits[mask.rows].masked_fill_(mask.forbidden, NEG_INF)
     return logits
 
 
@@ -116,6 +131,23 @@ def uniforms(seeds: list[int], steps: list[int]) -> npt.NDArray[np.float64]:
         mix = (mix ^ (mix >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mix = mix ^ (mix >> np.uint64(31))
     return (mix >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _impossible(processed: Tensor, rows: list[SamplingRow], mask: TokenMask | None) -> list[int]:
+    """Rows whose grammar forbids every token that the request's other fields leave."""
+    if mask is None:
+        return []
+    doubtful = [i for i in mask.rows if _forbids(rows[i])]
+    if not doubtful:
+        return []
+    none_left = torch.isneginf(processed[doubtful].amax(dim=-1)).tolist()
+    return [i for i, is_none in zip(doubtful, none_left, strict=True) if is_none]
+
+
+def _forbids(row: SamplingRow) -> bool:
+    """True if fields of the request forbid tokens."""
+    s = row.sampling
+    return bool(s.allowed_token_ids or s.bad_words_token_ids or row.num_output < s.min_tokens)
 
 
 def _is_penalised(s: TokenSampling) -> bool:
