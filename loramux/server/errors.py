@@ -7,6 +7,8 @@ in the log.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -19,23 +21,83 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loramux.engine import errors as engine_errors
-from loramux.engine.errors import InvalidRequest, LoramuxError
+from loramux.engine.errors import InvalidRequest, LoramuxError, ModelNotFound
+
+logger = logging.getLogger(__name__)
 
 
 class AuthFailed(LoramuxError):
     """The request brought no key, or a wrong one."""
 
 
+class NotAllowed(LoramuxError):
+    """The request's key does not allow this."""
+
+
+class AdapterHidden(ModelNotFound):
+    """The request's key may not use this adapter; the answer is that to a name that nobody knows.
+
+    Args:
+        message: that answer.
+        param: the field that named the adapter.
+        name: the adapter's, for the audit log.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, name: str = "") -> None:
+        super().__init__(message, param=param)
+        self.name = name
+
+
+class HostRefused(LoramuxError):
+    """The request is for a host that the server does not go by."""
+
+
+class CorsRefused(LoramuxError):
+    """A web page may not do this."""
+
+
+class UnsupportedMediaType(LoramuxError):
+    """The body is not of a kind that the route reads."""
+
+
 class RequestTooLarge(LoramuxError):
     """The body is larger than the server reads."""
+
+
+class RequestTooSlow(LoramuxError):
+    """The client took too long to send its headers or its body."""
+
+
+class HeadersTooLarge(LoramuxError):
+    """The headers are larger, or more, than the server reads."""
+
+
+class MalformedHttp(LoramuxError):
+    """What came over the connection is no HTTP request."""
+
+
+class RateLimited(engine_errors.Overloaded):
+    """This caller, or the adapter it asks for, has as much queued and running as it may have."""
+
+
+class AdapterLoading(engine_errors.AdapterUnavailable):
+    """The adapter was still on its way when the request had waited long enough."""
 
 
 class ClientGone(LoramuxError):
     """The client closed the connection; nobody reads the answer."""
 
 
+class ServerDraining(LoramuxError):
+    """The server is about to end; another one, or the next one, can serve the request."""
+
+
 class RuntimeUpdatesDisabled(LoramuxError):
     """The operator did not allow clients to change adapters."""
+
+
+class UnsupportedContent(InvalidRequest):
+    """A message brings an image, audio or a file; the model reads text."""
 
 
 class AdapterNameRefused(InvalidRequest):
@@ -61,30 +123,44 @@ class HttpError:
 
 
 _RETRY: Final = {"retry-after": "1"}
-_NO_RETRY: Final = {"x-should-retry": "false"}  # for clients that retry a 409 by themselves
+_RETRY_LOADING: Final = {"retry-after": "5"}
+_CLOSE: Final = {"connection": "close"}
+# For clients that retry a 409 or a 500 by themselves: the same request would end the same way.
+_NO_RETRY: Final = {"x-should-retry": "false"}
 
 ERRORS: Final[dict[type[LoramuxError], HttpError]] = {
     engine_errors.InvalidRequest: HttpError(400, "invalid_request_error", "invalid_value"),
     engine_errors.ContextTooLong: HttpError(400, "invalid_request_error", "context_length_exceeded"),
+    UnsupportedContent: HttpError(400, "invalid_request_error", "unsupported_content_type"),
     engine_errors.ModelNotFound: HttpError(404, "NotFoundError", "model_not_found"),
     engine_errors.AdapterError: HttpError(400, "BadRequestError", "adapter_error"),
     engine_errors.AdapterNotFound: HttpError(404, "NotFoundError", "adapter_not_found"),
     engine_errors.AdapterIncompatible: HttpError(400, "BadRequestError", "adapter_incompatible"),
     engine_errors.AdapterUnavailable: HttpError(503, "server_error", "adapter_unavailable", _RETRY),
+    AdapterLoading: HttpError(503, "server_error", "adapter_loading", _RETRY_LOADING),
     engine_errors.AdapterSourceAuth: HttpError(424, "BadRequestError", "adapter_source_auth"),
     engine_errors.Overloaded: HttpError(503, "server_error", "overloaded", _RETRY),
+    RateLimited: HttpError(429, "rate_limit_error", "rate_limit_exceeded", _RETRY),
     engine_errors.EngineDead: HttpError(503, "server_error", "engine_unavailable", _RETRY),
+    ServerDraining: HttpError(503, "server_error", "draining", {**_RETRY, **_CLOSE}),
     RuntimeUpdatesDisabled: HttpError(404, "NotFoundError", "runtime_lora_updates_disabled"),
     AdapterNameRefused: HttpError(400, "InvalidUserInput", "invalid_adapter_name"),
     AdapterExists: HttpError(400, "InvalidUserInput", "adapter_already_loaded"),
     AdapterConflict: HttpError(409, "InvalidUserInput", "adapter_conflict", _NO_RETRY),
+    UnsupportedMediaType: HttpError(415, "invalid_request_error", "unsupported_media_type"),
     AuthFailed: HttpError(401, "invalid_request_error", "invalid_api_key", {"www-authenticate": "Bearer"}),
+    NotAllowed: HttpError(403, "invalid_request_error", "insufficient_permissions"),
+    HostRefused: HttpError(400, "invalid_request_error", "host_not_allowed"),
+    CorsRefused: HttpError(400, "invalid_request_error", "cors_not_allowed"),
     RequestTooLarge: HttpError(413, "invalid_request_error", "request_too_large"),
+    RequestTooSlow: HttpError(408, "invalid_request_error", "request_timeout", _CLOSE),
+    HeadersTooLarge: HttpError(431, "invalid_request_error", "request_header_fields_too_large", _CLOSE),
+    MalformedHttp: HttpError(400, "invalid_request_error", "malformed_http", _CLOSE),
     ClientGone: HttpError(499, "invalid_request_error", "client_closed_request"),
-    LoramuxError: HttpError(500, "server_error", "internal_error"),
+    LoramuxError: HttpError(500, "server_error", "internal_error", _NO_RETRY),
 }
 
-_UNEXPECTED: Final = HttpError(500, "server_error", "internal_error")
+_UNEXPECTED: Final = ERRORS[LoramuxError]
 
 # What a request can meet outside our own code (routing, the framework): status -> code.
 _HTTP_CODES: Final = {
@@ -109,10 +185,13 @@ def envelope(message: str, entry: HttpError, param: str | None = None) -> bytes:
 
 
 def describe(error: Exception, request_id: str | None = None) -> tuple[HttpError, bytes]:
-    """The table entry and the JSON text of any error; the text of an unexpected one is hidden."""
-    if isinstance(error, LoramuxError):
-        entry = lookup(error)
-        return entry, envelope(error.message, entry, error.param)
+    """The table entry and the JSON text of any error; the text of one that answers 500 is hidden."""
+    entry = lookup(error) if isinstance(error, LoramuxError) else _UNEXPECTED
+    if isinstance(error, LoramuxError) and entry.status != 500:
+        # Clients that see only the text (langchain over openai 3) know a full context by the code in it.
+        suffix = f" ({entry.code})" if isinstance(error, engine_errors.ContextTooLong) else ""
+        return entry, envelope(error.message + suffix, entry, error.param)
+    note_error(_UNEXPECTED.code)
     reference = f" (request {request_id})" if request_id else ""
     return _UNEXPECTED, envelope(f"The server had an internal error{reference}.", _UNEXPECTED)
 
@@ -120,13 +199,24 @@ def describe(error: Exception, request_id: str | None = None) -> tuple[HttpError
 def respond(error: Exception, request_id: str | None = None) -> Response:
     """The whole HTTP answer for an error."""
     entry, body = describe(error, request_id)
-    headers = dict(entry.headers or {})
+    headers = {**(entry.headers or {}), **_when_to_retry(error)}
     return Response(body, entry.status, headers=headers, media_type="application/json")
+
+
+def _when_to_retry(error: Exception) -> dict[str, str]:
+    """Whole seconds for everybody, and milliseconds for the OpenAI clients, which prefer them."""
+    if not isinstance(error, engine_errors.Overloaded):
+        return {}
+    wait_s = error.retry_after_s
+    return {"retry-after": str(math.ceil(wait_s)), "retry-after-ms": str(math.ceil(wait_s * 1000))}
 
 
 async def handle_loramux_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for our own errors."""
-    return respond(error, request.scope.get("loramux.request_id"))
+    request_id = request.scope.get("loramux.request_id")
+    if isinstance(error, LoramuxError) and lookup(error).status == 500:  # the client is not told why
+        logger.error("internal error", exc_info=error, extra={"request_id": request_id})
+    return respond(error, request_id)
 
 
 async def handle_http_exception(request: Request, error: Exception) -> Response:
@@ -135,14 +225,22 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
     code = _HTTP_CODES.get(error.status_code, HTTPStatus(error.status_code).name.lower())
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     entry = HttpError(error.status_code, kind, code)
-    message = str(error.detail)
+    message, headers = str(error.detail), dict(error.headers or {})
+    path = _shown_path(request.scope["path"])
     if error.status_code == 404:
-        message = f"There is no route {request.method} {request.scope['path']}."
+        message = f"There is no route {request.method} {path}."
     elif error.status_code == 405:
-        message = f"{request.method} is not allowed on {request.scope['path']}."
-    return Response(
-        envelope(message, entry), entry.status, headers=error.headers, media_type="application/json"
-    )
+        message = f"{request.method} is not allowed on {path}."
+        headers = {"allow": ", ".join(request.app.state.route_table.methods(request.scope))}
+    elif error.status_code >= 500:
+        message = "The server had an internal error."
+    return Response(envelope(message, entry), entry.status, headers=headers, media_type="application/json")
+
+
+def _shown_path(path: str, limit: int = 100) -> str:
+    """A path as a message may repeat it: plain ASCII, and not longer than anybody reads."""
+    text = path.encode("unicode_escape").decode()
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 async def handle_validation_error(request: Request, error: Exception) -> Response:
