@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from loramux.engine.errors import InvalidConfig
+from loramux.server.chat_template import RESERVED
 
 CONTENT_FORMATS: Final = ("auto", "string", "openai")
 
@@ -62,6 +63,10 @@ def api_config(values: Mapping[str, Any]) -> ApiConfig:
         given["template_kwargs"] = _json_object(
             values["default_chat_template_kwargs"], "--default-chat-template-kwargs"
         )
+        for name in given["template_kwargs"]:
+            if name in RESERVED:
+                message = f"--default-chat-template-kwargs may not set {name!r}"
+                raise InvalidConfig(message, param="--default-chat-template-kwargs")
     return ApiConfig(**given)
 
 

@@ -7,19 +7,26 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
-from loramux.engine.client import EngineClient
 from loramux.engine.errors import LoramuxError
 from loramux.server import errors
+from loramux.server.access.access import DENIALS, Access
+from loramux.server.access.caller import SCOPES
+from loramux.server.access.cors import EXPOSED_HEADERS, CorsLayer
+from loramux.server.access.head import HeadLayer
+from loramux.server.access.hosts import HostLayer
+from loramux.server.access.layer import AccessLayer
+from loramux.server.access.scopes import RouteTable, needs
 from loramux.server.adapter_manager import AdapterManager
 from loramux.server.adapter_start import build_manager
 from loramux.server.adapter_upload import Uploads
-from loramux.server.auth import ApiKeyLayer
+from loramux.server.admission import Admission
 from loramux.server.chat_template import ChatTemplate, find_chat_template, read_chat_template
 from loramux.server.config import Config, ServerConfig
 from loramux.server.desired_state import DesiredState
+from loramux.server.drain import DrainLayer
 from loramux.server.edge import EdgeLayer
+from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.generation import Generator
 from loramux.server.generation_config import read_generation_config
 from loramux.server.prompts import PromptBuilder
@@ -29,7 +36,7 @@ from loramux.server.tokenizer import Tokenizer
 from loramux.version import __version__
 
 
-def build_services(config: Config, engine: EngineClient, folder: Path) -> Services:
+def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Services:
     """Everything that answers requests.
 
     Args:
@@ -51,6 +58,8 @@ def build_services(config: Config, engine: EngineClient, folder: Path) -> Servic
     source = read_chat_template(server.chat_template) if server.chat_template else None
     source = source or find_chat_template(tokenizer_folder)
     manager, uploads, desired = _build_adapters(config, engine)
+    access = Access(config.access)
+    manager.on_change = access.audit.changed
     own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Services(
         config=config,
@@ -58,26 +67,35 @@ def build_services(config: Config, engine: EngineClient, folder: Path) -> Servic
         tokenizer=tokenizer,
         prompts=PromptBuilder(
             tokenizer,
-            ChatTemplate(source, tokenizer.special_tokens) if source else None,
+            _chat_template(source, tokenizer, server.api.content_format),
             vocab_size=engine.info.vocab_size,
             max_model_len=engine.info.max_model_len,
             limits=server.limits,
+            api=server.api,
         ),
         generator=Generator(
             engine,
             tokenizer,
             eos_token_ids=list(dict.fromkeys(own_eos + written.eos_token_ids)),
             limits=server.limits,
+            admission=Admission(server.admission, max_buffered_bytes=server.connections.max_buffered_bytes),
         ),
         manager=manager,
         uploads=uploads,
+        access=access,
         desired=desired,
         sampling_defaults=written.defaults,
     )
 
 
+def _chat_template(source: str | None, tokenizer: Tokenizer, content_format: str) -> ChatTemplate | None:
+    if source is None:
+        return None
+    return ChatTemplate(source, tokenizer.special_tokens, content_format=content_format)
+
+
 def _build_adapters(
-    config: Config, engine: EngineClient
+    config: Config, engine: EngineKeeper
 ) -> tuple[AdapterManager, Uploads, DesiredState | None]:
     adapters = config.adapters
     manager = build_manager(
@@ -109,26 +127,35 @@ def build_app(services: Services) -> FastAPI:
         openapi_url="/openapi.json" if server.docs else None,
     )
     app.state.services = services
+    for route in app.routes:  # the framework's own: the API's description, for whoever has a key
+        needs(*SCOPES)(getattr(route, "endpoint"))  # noqa: B009
     for module in (completions, chat, models, tokenize, health, adapters, lora):
         app.include_router(module.router)
     app.add_exception_handler(LoramuxError, errors.handle_loramux_error)
     app.add_exception_handler(HTTPException, errors.handle_http_exception)
     app.add_exception_handler(RequestValidationError, errors.handle_validation_error)
-    _add_layers(app, server)
+    for denial in DENIALS:
+        app.add_exception_handler(denial, services.access.handle_denial)
+    _add_layers(app, server, services)
     return app
 
 
-def _add_layers(app: FastAPI, server: ServerConfig) -> None:
-    """What every request passes, innermost first: the key check, the edge, CORS."""
-    if server.api_keys:
-        app.add_middleware(ApiKeyLayer, keys=server.api_keys)
+def _add_layers(app: FastAPI, server: ServerConfig, services: Services) -> None:
+    """What every request passes, innermost first: the key check, the drain, the edge, CORS."""
+    access = services.access
+    routes = app.state.route_table = RouteTable(app.routes, guard_metrics=access.config.guard_metrics)
+    app.add_middleware(HeadLayer)
+    app.add_middleware(AccessLayer, keys=access.keys, routes=routes, audit=access.audit)
+    app.add_middleware(DrainLayer, drain=services.drain)
     app.add_middleware(EdgeLayer)
     if server.allowed_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CorsLayer,
             allow_origins=list(server.allowed_origins),
             allow_methods=list(server.allowed_methods),
             allow_headers=list(server.allowed_headers),
             allow_credentials=server.allow_credentials,
-            expose_headers=["x-request-id", "retry-after", "x-loramux-adapter"],
+            expose_headers=EXPOSED_HEADERS,
         )
+    if access.config.allowed_hosts:
+        app.add_middleware(HostLayer, hosts=access.config.allowed_hosts, routes=routes)

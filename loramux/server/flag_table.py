@@ -98,10 +98,19 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "control tokens that are written in messages count as such, as with vLLM",
         ),
     ),
+    "access": (
+        Flag(
+            "api-key", "keys with all rights; requests must bring a key as soon as there is one", is_list=True
+        ),
+        Flag("api-keys-file", "YAML file of hashed keys with their rights; read again on SIGHUP"),
+        Flag("audit-log", "file that gets a JSON line for every change of an adapter and every refusal"),
+        Flag("allowed-hosts", "names allowed in the Host header, also *.example.org", is_list=True),
+        Flag("forwarded-allow-ips", "proxies whose X-Forwarded-For is believed, by comma; * = all"),
+        switch("guard-metrics", "/metrics needs a key with the scope admin"),
+    ),
     "HTTP": (
         Flag("host", "address to listen on; 127.0.0.1 unless there is a key"),
         Flag("port", "port to listen on; 0 = any free one", int),
-        Flag("api-key", "keys that requests must bring one of", is_list=True),
         Flag("root-path", "path prefix under which a proxy shows the server"),
         Flag("allowed-origins", "JSON list of origins for CORS"),
         Flag("allowed-methods", "JSON list of methods for CORS"),
@@ -129,6 +138,30 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             parse_count,
         ),
     ),
+    "how much work at once": (
+        Flag("max-num-queued-reqs", "sequences that wait for their first token", parse_count),
+        Flag("max-num-queued-tokens", "prompt tokens of these", parse_count),
+        Flag("max-key-requests", "sequences of one API key, waiting and running; 0 = no limit", parse_count),
+        Flag("max-key-tokens", "prompt tokens of these; 0 = no limit", parse_count),
+        Flag(
+            "max-adapter-requests", "sequences of one adapter, waiting and running; 0 = no limit", parse_count
+        ),
+        Flag("max-queue-wait", "seconds a call may wait for its first token; 0 = no limit", float),
+    ),
+    "connections": (
+        Flag("max-connections", "open connections", parse_count),
+        Flag(
+            "max-header-bytes",
+            "bytes of a request line and its headers",
+            parse_count,
+            aliases=("h11-max-incomplete-event-size",),
+        ),
+        Flag("max-header-count", "headers of a request", parse_count, aliases=("h11-max-header-count",)),
+        Flag("max-buffered-bytes", "bytes of all bodies that are being received", parse_count),
+        Flag("request-header-timeout", "seconds a client may take to send its headers", float),
+        Flag("request-read-timeout", "seconds for a body to arrive; each 16 KiB of it add one", float),
+        Flag("stream-write-timeout", "seconds that an answer may wait for its client to read", float),
+    ),
     "limits of one request": (
         Flag("max-request-bytes", "bytes of a body", parse_count),
         Flag("max-messages", "messages of a chat", parse_count),
@@ -139,6 +172,12 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("max-logit-bias", "entries of logit_bias and allowed_token_ids", parse_count),
         Flag("max-bad-words", "bad words", parse_count),
         Flag("max-logprobs", "log-probabilities a token", parse_count),
+        Flag("max-string-chars", "characters of one stop string or bad word", parse_count),
+        Flag("max-sequences", "sequences of a call: prompts x n", parse_count),
+        Flag("max-prompt-tokens", "tokens of all prompts of a call", parse_count),
+        Flag("max-json-depth", "levels of lists and objects in a body", parse_count),
+        Flag("max-json-values", "values in a body; a string counts 4, a list or object 16", parse_count),
+        Flag("max-logprob-token-ids", "entries of logprob_token_ids", parse_count),
         Flag("max-chat-template-bytes", "bytes of a request's own chat template", parse_count),
     ),
 }

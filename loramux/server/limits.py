@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from loramux.engine.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,13 +14,57 @@ class Limits:
     """Upper bounds for the fields of one request, all inclusive."""
 
     request_bytes: int = 32 << 20  # --max-request-bytes: a body
+    json_depth: int = 128  # --max-json-depth: lists and objects inside each other
+    json_values: int = 1 << 20  # --max-json-values: a string counts 4, a list or object 16
     messages: int = 2048  # --max-messages: of a chat
     prompts: int = 1024  # --max-prompts: of a completion call
+    prompt_tokens: int = 1 << 20  # --max-prompt-tokens: of all prompts of a call
     n: int = 128  # --max-n: choices a prompt
+    sequences: int = 1024  # --max-sequences: of a call, prompts x n
     stop: int = 4  # --max-stop: stop strings
     stop_token_ids: int = 128  # --max-stop-token-ids
     logit_bias: int = 1024  # --max-logit-bias: entries; also bounds allowed_token_ids
     bad_words: int = 128  # --max-bad-words
     logprobs: int = 20  # --max-logprobs: alternatives a token
+    logprob_token_ids: int = 128  # --max-logprob-token-ids
     chat_template_bytes: int = 64 << 10  # --max-chat-template-bytes: of a request's own template
-    string_chars: int = 1024  # of one stop string or bad word
+    string_chars: int = 1024  # --max-string-chars: of one stop string or bad word
+
+
+def check_count(name: str, count: int, limit: int, flag: str, unit: str = "") -> None:
+    """Refuse more than the operator allows.
+
+    Raises:
+        InvalidRequest: names field, value, limit and flag.
+    """
+    if count > limit:
+        message = f"{name} allows at most {limit}{unit}, got {count} (the server's {flag})"
+        raise InvalidRequest(message, param=name)
+
+
+def check_field_sizes(body: Mapping[str, Any], limits: Limits) -> None:
+    """Refuse long lists in a body as it was parsed, before each of their items is looked at.
+
+    Checking half a million items only to say that 4 are allowed would hold everybody up.
+
+    Raises:
+        InvalidRequest: names field, value, limit and flag.
+    """
+    counted = (
+        ("messages", limits.messages, "--max-messages"),
+        ("stop", limits.stop, "--max-stop"),
+        ("stop_token_ids", limits.stop_token_ids, "--max-stop-token-ids"),
+        ("logit_bias", limits.logit_bias, "--max-logit-bias"),
+        ("allowed_token_ids", limits.logit_bias, "--max-logit-bias"),
+        ("bad_words", limits.bad_words, "--max-bad-words"),
+    )
+    for name, limit, flag in counted:
+        value = body.get(name)
+        if isinstance(value, list | dict):
+            check_count(name, len(value), limit, flag, " entries")
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        if isinstance(prompt[0], int):
+            check_count("prompt", len(prompt), limits.prompt_tokens, "--max-prompt-tokens", " tokens")
+        else:
+            check_count("prompt", len(prompt), limits.prompts, "--max-prompts", " prompts a call")

@@ -1,4 +1,8 @@
-"""Prompts of requests as token ids: text, ids and chats, checked before anything is generated."""
+"""Prompts of requests as token ids: text, ids and chats, checked before anything is generated.
+
+Ids and texts of completions mean what they say, control tokens included. In chats, control tokens come
+from the template alone (`plain_text.py`), unless the operator decided otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,22 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from loramux.engine.errors import ContextTooLong, InvalidRequest
-from loramux.server.chat_template import ChatTemplate
+from loramux.server.api_config import ApiConfig
+from loramux.server.chat_template import ChatTemplate, check_options
+from loramux.server.errors import UnsupportedContent
 from loramux.server.limits import Limits
+from loramux.server.plain_text import ControlTokenGuard, Hidden
 from loramux.server.sampling_params import check_token_ids
 from loramux.server.schemas.chat import ChatMessage
+from loramux.server.template_process import TemplateProcesses
 from loramux.server.tokenizer import Tokenizer
+
+Side = Literal["left", "right"]  # the one that truncation takes from
 
 _THREAD_ABOVE_CHARS: Final = 16384  # about 5 ms of tokenizing; longer texts leave the event loop
 
@@ -25,7 +35,7 @@ class Prompt:
     """One prompt."""
 
     token_ids: list[int]
-    text: str | None = None  # as it was sent; None when it came as ids
+    text: str | None = None  # as it was sent or rendered; None when it came as ids
 
 
 class PromptBuilder:
@@ -36,6 +46,7 @@ class PromptBuilder:
         template: for chats; None if the model has none.
         vocab_size, max_model_len: of the engine's model.
         limits: what one call may bring.
+        api: what the operator decided about templates.
     """
 
     def __init__(
@@ -46,12 +57,16 @@ class PromptBuilder:
         vocab_size: int,
         max_model_len: int,
         limits: Limits,
+        api: ApiConfig,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._limits = limits
+        self._api = api
+        self._guard = None if api.parse_special_tokens else ControlTokenGuard(tokenizer)
+        self._processes = TemplateProcesses()
 
     async def from_completion(
         self,
@@ -59,13 +74,15 @@ class PromptBuilder:
         *,
         add_special_tokens: bool = True,
         truncate: int | None = None,
+        truncation_side: Side = "left",
     ) -> list[Prompt]:
         """The prompts of a completion call.
 
         Args:
             prompt: one or several, each a text or token ids.
             add_special_tokens: put BOS and the like around texts.
-            truncate: keep only so many of the last tokens; -1 = what the context holds.
+            truncate: keep only so many tokens; -1 = what the context holds.
+            truncation_side: where the others are taken away.
 
         Raises:
             InvalidRequest: nothing to continue, ids outside the vocabulary, or too many prompts.
@@ -84,7 +101,7 @@ class PromptBuilder:
             else:
                 ids = part
                 check_token_ids("prompt", ids, self._vocab_size)
-            ids = self._truncate(ids, truncate)
+            ids = self._truncate(ids, truncate, truncation_side)
             if not ids:
                 message = "Either prompt or prompt_embeds must be provided and non-empty."
                 raise InvalidRequest(message, param="prompt")
@@ -97,16 +114,68 @@ class PromptBuilder:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        template: str | None = None,
         add_special_tokens: bool = False,
         truncate: int | None = None,
+        truncation_side: Side = "left",
     ) -> Prompt:
         """The prompt of a conversation, through the chat template.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: end with the start of the assistant's turn.
+            continue_final_message: end inside the last message.
+            tools, documents: what the template may show besides.
+            options: the request's chat_template_kwargs.
+            template: the request's own, if the operator allows that.
+            add_special_tokens: put BOS and the like around the text.
+            truncate, truncation_side: as for completions.
 
         Raises:
             InvalidRequest: no messages, content that is not text, or the template refuses it.
         """
-        if self._template is None:
+        self._check_chat(messages, options, template)
+        hidden = self._guard.open() if self._guard is not None else None
+        hide = hidden.hide if hidden is not None else _as_it_is
+        plain = [hide(_plain_message(number, message)) for number, message in enumerate(messages)]
+        values = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": hide(list(tools)),
+            "documents": hide(list(documents)),
+            "options": {**self._api.template_kwargs, **hide(dict(options or {}))},
+        }
+        text = await self._render(plain, values, template)
+        ids = await self._encode_rendered(
+            text, hidden, add_special_tokens=add_special_tokens, bounded=truncate is None
+        )
+        ids = self._truncate(ids, truncate, truncation_side)
+        if not ids:
+            raise InvalidRequest("the chat template made an empty prompt of messages", param="messages")
+        return Prompt(ids, hidden.show(text) if hidden is not None else text)
+
+    def _check_chat(
+        self, messages: Sequence[ChatMessage], options: Mapping[str, Any] | None, template: str | None
+    ) -> None:
+        """Refuse what needs no rendering to be refused."""
+        check_options(options or {}, self._api.allowed_template_kwargs)
+        if template is not None and not self._api.trust_request_template:
+            message = (
+                "chat templates from requests are refused: set one with the server's --chat-template, or "
+                "allow them with --trust-request-chat-template"
+            )
+            raise InvalidRequest(message, param="chat_template")
+        size = len(template.encode()) if template is not None else 0
+        if size > self._limits.chat_template_bytes:
+            message = (
+                f"chat_template allows at most {self._limits.chat_template_bytes} bytes, got {size} "
+                "(the server's --max-chat-template-bytes)"
+            )
+            raise InvalidRequest(message, param="chat_template")
+        if self._template is None and template is None:
             message = "this model has no chat template; start the server with --chat-template FILE"
             raise InvalidRequest(message, param="messages")
         if not messages:
@@ -117,21 +186,38 @@ class PromptBuilder:
                 "(the server's --max-messages)"
             )
             raise InvalidRequest(message, param="messages")
-        plain = [_plain_message(number, message) for number, message in enumerate(messages)]
-        render = partial(
-            self._template.render,
-            plain,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            options=options,
+
+    async def _render(
+        self, messages: list[dict[str, Any]], values: Mapping[str, Any], template: str | None
+    ) -> str:
+        """The text that the template makes: the model's here or in a thread, a request's in a process."""
+        if template is not None:
+            return await self._processes.render(
+                template,
+                self._tokenizer.special_tokens,
+                messages,
+                content_format=self._api.content_format,
+                values=values,
+            )
+        assert self._template is not None
+        is_long = sum(len(message["content"]) for message in messages) > _THREAD_ABOVE_CHARS
+        if self._template.reads_parts:
+            for message in messages:
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        render = partial(self._template.render, messages, **values)
+        return await asyncio.to_thread(render) if is_long else render()
+
+    async def _encode_rendered(
+        self, text: str, hidden: Hidden | None, *, add_special_tokens: bool, bounded: bool
+    ) -> list[int]:
+        """Token ids of what a template wrote."""
+        if self._guard is None or hidden is None or not hidden:
+            return await self.encode(text, add_special_tokens=add_special_tokens, bounded=bounded)
+        if bounded:
+            self._check_length(text)
+        return await asyncio.to_thread(
+            self._guard.encode, text, hidden, add_special_tokens=add_special_tokens
         )
-        is_long = sum(len(message["content"]) for message in plain) > _THREAD_ABOVE_CHARS
-        text = await asyncio.to_thread(render) if is_long else render()
-        ids = await self.encode(text, add_special_tokens=add_special_tokens, bounded=truncate is None)
-        ids = self._truncate(ids, truncate)
-        if not ids:
-            raise InvalidRequest("the chat template made an empty prompt of messages", param="messages")
-        return Prompt(ids, text)
 
     async def encode(self, text: str, *, add_special_tokens: bool, bounded: bool = True) -> list[int]:
         """Token ids of a text; long ones are encoded in a thread.
@@ -139,26 +225,34 @@ class PromptBuilder:
         Raises:
             ContextTooLong: even in the longest tokens there are, it would exceed the context.
         """
-        at_least = -(-len(text) // self._tokenizer.max_token_chars)
-        if bounded and at_least > self._max_model_len:
-            raise ContextTooLong(
-                f"This model's maximum context length is {self._max_model_len} tokens. However, your "
-                f"prompt contains at least {at_least} input tokens, which exceeds this limit even without "
-                "any output tokens. Please reduce the length of the input prompt.",
-                param="input_tokens",
-            )
+        if bounded:
+            self._check_length(text)
         if len(text) > _THREAD_ABOVE_CHARS:
             return await asyncio.to_thread(
                 self._tokenizer.encode, text, add_special_tokens=add_special_tokens
             )
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _truncate(self, ids: list[int], truncate: int | None) -> list[int]:
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that is too long even in the longest tokens there are."""
+        at_least = -(-len(text) // self._tokenizer.max_token_chars)
+        if at_least > self._max_model_len:
+            raise ContextTooLong(
+                f"This model's maximum context length is {self._max_model_len} tokens. However, your "
+                f"prompt contains at least {at_least} input tokens, which exceeds this limit even without "
+                "any output tokens. Please reduce the length of the input prompt.",
+                param="input_tokens",
+            )
+
+    def _truncate(self, ids: list[int], truncate: int | None, side: Side) -> list[int]:
         if truncate is None:
             return ids
-        if truncate == -1:
-            return ids[-(self._max_model_len - 1) :]
-        return ids[-truncate:]
+        keep = self._max_model_len - 1 if truncate == -1 else truncate
+        return ids[-keep:] if side == "left" else ids[:keep]
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _split(
@@ -198,7 +292,7 @@ def _text_content(number: int, content: str | list[dict[str, Any]] | None) -> st
         kind = part.get("type")
         if kind not in ("text", "input_text", "output_text"):
             message = f"{field}.type: only text parts are supported, got {str(kind)[:50]!r}"
-            raise InvalidRequest(message, param=field)
+            raise UnsupportedContent(message, param=field)
         if not isinstance(part.get("text"), str):
             raise InvalidRequest(f"{field}.text must be a string", param=field)
         texts.append(part["text"])

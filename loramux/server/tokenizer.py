@@ -1,7 +1,7 @@
 """Text to token ids and back, from a model folder's tokenizer.json.
 
-Special tokens that stand in a text as plain characters are encoded as special tokens, in prompts and
-in rendered chats alike, as Hugging Face tokenizers do: the chat template needs it for its own marks.
+Special tokens that stand in a text as plain characters are encoded as special tokens, as Hugging Face
+tokenizers do: the chat template needs it for its own marks. `plain_text` keeps messages from using it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Tokenizer:
         self.special_tokens = _special_tokens(config)  # bos_token, eos_token, ... -> text
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
-        self._special_ids = {
-            id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special
+        self.control_tokens = {  # text -> id
+            token.content: id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special
         }
+        self._special_ids = frozenset(self.control_tokens.values())
         self._is_byte_level = (
             '"ByteLevel"'
             in msgspec.json.encode(msgspec.json.decode(backend.to_str()).get("decoder")).decode()
@@ -70,6 +71,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def definition(self) -> str:
+        """What tokenizer.json says, as its JSON text."""
+        text: str = self._backend.to_str()
+        return text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens` puts what the model expects around it (BOS)."""

@@ -1,0 +1,131 @@
+"""Control tokens that stand in messages as plain text stay plain text.
+
+A tokenizer that meets the text "<|im_end|>" makes the control token of it, wherever it came from, so
+that a user could end their own turn and begin a system's. Here control tokens come only from the chat
+template: what a message brings is taken out before the template runs, and put back afterwards as
+ordinary characters, in any role and any field.
+
+A conversation without such a text is not touched, and its ids are exactly the tokenizer's own.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+import tokenizers
+
+from loramux.engine.errors import InvalidRequest
+from loramux.server.tokenizer import Tokenizer
+
+_FIRST_MARK: Final = 0xF0000  # one character of the private planes stands for each hidden text
+_MAX_MARKS: Final = 32768
+_PRIVATE: Final = "[\U000f0000-\U0010fffd]"  # a message's own such characters are hidden as well
+
+
+class Hidden:
+    """The texts that were taken out of one conversation, and the marks that stand for them."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self._pattern = pattern
+        self._marks: dict[str, str] = {}  # text -> mark
+
+    def __bool__(self) -> bool:
+        return bool(self._marks)
+
+    def hide(self, value: Any) -> Any:
+        """The value with every control token in its texts replaced by a mark; objects are copied."""
+        if isinstance(value, str):
+            return self._pattern.sub(self._mark, value)
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(entry) for entry in value]
+        return value
+
+    def show(self, text: str) -> str:
+        """The text with the marks replaced by what they stand for."""
+        if not self._marks:
+            return text
+        originals = {ord(mark): original for original, mark in self._marks.items()}
+        return text.translate(originals)
+
+    def _mark(self, match: re.Match[str]) -> str:
+        mark = self._marks.get(match[0])
+        if mark is None:
+            if len(self._marks) >= _MAX_MARKS:
+                message = f"messages hold more than {_MAX_MARKS} different private-use characters"
+                raise InvalidRequest(message, param="messages")
+            mark = self._marks[match[0]] = chr(_FIRST_MARK + len(self._marks))
+        return mark
+
+
+class ControlTokenGuard:
+    """Hides control tokens of messages from the template and from the tokenizer.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        names = sorted(tokenizer.control_tokens, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._pattern = re.compile("|".join([*map(re.escape, names), _PRIVATE]))
+        self._twin: _Twin | None = None
+        self._lock = threading.Lock()
+
+    def open(self) -> Hidden:
+        """A fresh record for one conversation."""
+        return Hidden(self._pattern)
+
+    def encode(self, text: str, hidden: Hidden, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a rendered text with marks: its own control tokens count, hidden ones do not.
+
+        Takes up to a second the first time, and belongs into a thread.
+        """
+        with self._lock:
+            if self._twin is None:
+                self._twin = _Twin(self._tokenizer)
+        aliased = self._names.sub(lambda match: self._twin_of(match[0]), text)
+        ids = self._twin.encode(hidden.show(aliased))
+        if not add_special_tokens:
+            return ids
+        around = self._tokenizer.encode("", add_special_tokens=True)
+        start = 1 if around[:1] == [self._tokenizer.bos_token_id] else 0
+        return [*around[:start], *ids, *around[start:]]
+
+    def _twin_of(self, name: str) -> str:
+        assert self._twin is not None
+        return self._twin.aliases[name]
+
+
+class _Twin:
+    """The same tokenizer with other, unguessable names for its control tokens.
+
+    So the real names are ordinary characters to it, split and merged as the model's tokenizer does
+    with any text, while an alias is the control token, with the same handling of the space around it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        definition = msgspec.json.decode(tokenizer.definition())
+        definition["post_processor"] = None
+        nonce = secrets.token_hex(16)
+        self.aliases: dict[str, str] = {}
+        wanted: dict[str, int] = {}
+        for token in definition["added_tokens"]:
+            name = token["content"]
+            if token["special"]:
+                token["content"] = self.aliases[name] = f"\U0010fffd{nonce}.{token['id']}\U0010fffd"
+            wanted[token["content"]] = token["id"]
+        self._backend = tokenizers.Tokenizer.from_str(msgspec.json.encode(definition).decode())
+        # An alias is new to the vocabulary, so the twin numbers added tokens in its own way.
+        self._real_ids = {self._backend.token_to_id(name): id_ for name, id_ in wanted.items()}
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return [self._real_ids.get(id_, id_) for id_ in ids]
