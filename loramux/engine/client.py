@@ -362,6 +362,10 @@ class SequenceStream:
         if running and self._client.is_alive:
             self._client._send([messages.Abort(sorted(running))])
 
+    def fail(self, error: LoramuxError) -> None:
+        """Make the iterator raise this, after the outputs that are here already."""
+        self._queue.put_nowait(error)
+
     def _forget(self, request_id: str) -> None:
         self._running.discard(request_id)
         self._client._streams.pop(request_id, None)

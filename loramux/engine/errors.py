@@ -79,7 +79,16 @@ class InvalidConfig(LoramuxError):
 
 
 class Overloaded(LoramuxError):
-    """There is no room for the request now."""
+    """There is no room for the request now.
+
+    Args:
+        message, param: as everywhere.
+        retry_after_s: when the caller should come back.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class EngineDead(LoramuxError):

@@ -18,16 +18,28 @@ from loramux.engine.errors import (
     AdapterError,
     AdapterNotFound,
     AdapterUnavailable,
+    InvalidRequest,
     LoramuxError,
+    ModelNotFound,
 )
 from loramux.engine.types import FreedMemory
+from loramux.resolvers.base import PinnedSource
 from loramux.resolvers.uri import parse_uri
 from loramux.server.adapter_bring_up import BringUp
 from loramux.server.adapter_flights import Flight, Flights, again
 from loramux.server.adapter_names import require_adapter_name
-from loramux.server.adapter_orders import IfLoaded, Loaded, LoadOrder, Outcome, Unloaded
+from loramux.server.adapter_orders import (
+    AdapterChange,
+    IfLoaded,
+    Loaded,
+    LoadOrder,
+    Outcome,
+    Unloaded,
+    load_change,
+    unload_change,
+)
 from loramux.server.adapters import AdapterLease, AdapterRef, Failure, Origin
-from loramux.server.errors import AdapterConflict, AdapterExists, lookup
+from loramux.server.errors import AdapterConflict, AdapterExists, AdapterLoading, lookup
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +74,7 @@ class AdapterManager:
         self.journal = bring_up.journal
         self.required: set[str] = set()  # names that a start waits for
         self.on_gone: Callable[[AdapterRef], None] = lambda _: None  # for who keeps something beside it
+        self.on_change: Callable[[AdapterChange], None] = lambda _: None  # for who writes it down
         self._chain = bring_up.chain
         self._static_names = frozenset(static_names)
         self._wait_s = wait_s
@@ -87,7 +100,7 @@ class AdapterManager:
                 return lease
             flight = self._flights.get(name) or self._look_for(name)
             if not await flight.ended(max(0.0, deadline_s - time.monotonic())):
-                raise AdapterUnavailable(
+                raise AdapterLoading(
                     f"adapter {name!r} is still loading after {self._wait_s:g} s"
                     " (the server's --adapter-load-timeout)",
                     param="model",
@@ -124,12 +137,25 @@ class AdapterManager:
             InvalidRequest: the source's address is wrong.
             AdapterError: it cannot be had, or not be served; the name stays what it was.
         """
+        began_s = time.monotonic()
+        try:
+            done = await self._before_flight(order)
+        except LoramuxError as error:
+            self._tell_load(order, self.table.current(order.name), error, began_s)
+            raise
+        if isinstance(done, Flight):
+            return await done.landing()
+        self._tell_load(order, done.ref, done, began_s)
+        return done
+
+    async def _before_flight(self, order: LoadOrder) -> Flight | Loaded:
+        """The flight that does what an order wants, or its result if nothing is to be done."""
         require_adapter_name(order.name, self.table.base_names)
         if order.source is not None:
             parse_uri(order.source)
         while (flight := self._flights.get(order.name)) is not None:
             if flight.order == order:
-                return await flight.landing()
+                return flight
             await flight.ended()
         current = self.table.current(order.name)
         if current is not None and order.if_loaded is IfLoaded.REFUSE:
@@ -141,7 +167,7 @@ class AdapterManager:
         is_same = current is not None and order.digest == current.digest
         if current is not None and is_same and order.pinned in (None, current.pinned):
             return Loaded(current, Outcome.UNCHANGED)
-        return await self._take_off(order).landing()
+        return self._take_off(order)
 
     async def unload(self, name: str, *, drain_timeout_s: float = 0.0) -> Unloaded:
         """Forget a name: new requests are refused at once, memory goes with the last request.
@@ -153,6 +179,16 @@ class AdapterManager:
         Raises:
             AdapterNotFound: there is no such name.
         """
+        began_s = time.monotonic()
+        try:
+            unloaded = await self._unload(name, drain_timeout_s)
+        except LoramuxError as error:
+            self.on_change(unload_change(name, error, took_s=time.monotonic() - began_s))
+            raise
+        self.on_change(unload_change(name, unloaded, took_s=time.monotonic() - began_s))
+        return unloaded
+
+    async def _unload(self, name: str, drain_timeout_s: float) -> Unloaded:
         flight = self._flights.get(name)
         if flight is not None:
             await flight.stop()
@@ -212,7 +248,32 @@ class AdapterManager:
         return self._flights.take_off(order, self._fly(order))
 
     async def _fly(self, order: LoadOrder) -> Loaded:
-        """A load, and what is told of it if it fails."""
+        """A load, and what is told of it."""
+        began_s, before = time.monotonic(), self.table.current(order.name)
+        try:
+            loaded = await self._bring_up(order)
+        except Exception as error:
+            # A name that no resolver knows is the answer to one request, not a change.
+            if order.origin is not Origin.RESOLVER or not isinstance(error, ModelNotFound):
+                self._tell_load(order, before, error, began_s)
+            raise
+        except asyncio.CancelledError:
+            self._tell_load(order, before, AdapterNotFound("it was stopped"), began_s)
+            raise
+        self._tell_load(order, before, loaded, began_s)
+        return loaded
+
+    def _tell_load(
+        self, order: LoadOrder, before: AdapterRef | None, result: Loaded | Exception, began_s: float
+    ) -> None:
+        source = order.shown_source
+        if source is None and order.source is not None:
+            with contextlib.suppress(InvalidRequest):
+                source = PinnedSource(str(parse_uri(order.source))).public
+        took_s = time.monotonic() - began_s
+        self.on_change(load_change(order, before, result, source=source, took_s=took_s))
+
+    async def _bring_up(self, order: LoadOrder) -> Loaded:
         try:
             return await self.bring_up.run(order)
         except AdapterConflict:

@@ -6,20 +6,30 @@ sequences start together and, when the client goes away or one of them fails, en
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
+from starlette.types import Scope
 
-from loramux.engine.client import EngineClient
+from loramux.engine.client import SequenceStream
 from loramux.engine.types import Request
+from loramux.server.access.caller import caller_of
 from loramux.server.adapters import AdapterRef
+from loramux.server.admission import Admission, Ticket
 from loramux.server.choice import ChoiceStream, Delta
-from loramux.server.limits import Limits
+from loramux.server.edge import at_end
+from loramux.server.engine_keeper import EngineKeeper
+from loramux.server.limits import Limits, check_count
+from loramux.server.observe.call_record import current_call
 from loramux.server.prompts import Prompt
 from loramux.server.sampling_params import SamplingParams, check_limits, seed_of_choice, to_token_sampling
 from loramux.server.tokenizer import Tokenizer
+
+_FOR_EVER_S: Final = 10.0**7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +40,7 @@ class Call:
     params: SamplingParams
     adapter: AdapterRef | None
     requests: list[Request]  # index in the list = index of the choice
+    ticket: Ticket  # its place in the queue
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -49,15 +60,23 @@ class Generator:
         tokenizer: the model's.
         eos_token_ids: tokens that end a text.
         limits: what one call may ask for.
+        admission: who may queue.
     """
 
     def __init__(
-        self, engine: EngineClient, tokenizer: Tokenizer, *, eos_token_ids: Sequence[int], limits: Limits
+        self,
+        engine: EngineKeeper,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: Sequence[int],
+        limits: Limits,
+        admission: Admission,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
         self._limits = limits
+        self.admission = admission
         self.num_calls = 0  # in flight now
 
     def plan(
@@ -66,15 +85,27 @@ class Generator:
         params: SamplingParams,
         adapter: AdapterRef | None,
         *,
+        scope: Scope,
         cache_salt: str = "",
         priority: int = 0,
     ) -> Call:
-        """Check a call against the model and the limits, and lay out its sequences.
+        """Check a call against the model and the limits, give it a place in the queue, lay out its sequences.
+
+        Args:
+            prompts: to continue, each with n choices.
+            params: how.
+            adapter: that answers; None = the base model.
+            scope: of the HTTP request; the place in the queue is given back at its end.
+            cache_salt: requests with different ones share no KV.
+            priority: lower runs earlier.
 
         Raises:
             InvalidRequest: a field is out of range, or a prompt does not fit.
+            RateLimited: the caller, or the adapter, has too much queued and running.
+            Overloaded: the server has.
         """
         check_limits(params, self._limits)
+        ticket = self._admit(prompts, params, adapter, scope)
         stem = uuid.uuid4().hex
         requests: list[Request] = []
         for number, prompt in enumerate(prompts):
@@ -97,7 +128,20 @@ class Generator:
                         priority=priority,
                     )
                 )
-        return Call(prompts=prompts, params=params, adapter=adapter, requests=requests)
+        return Call(prompts=prompts, params=params, adapter=adapter, requests=requests, ticket=ticket)
+
+    def _admit(
+        self, prompts: list[Prompt], params: SamplingParams, adapter: AdapterRef | None, scope: Scope
+    ) -> Ticket:
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        sequences = len(prompts) * params.n
+        check_count("prompt", tokens, self._limits.prompt_tokens, "--max-prompt-tokens", " tokens")
+        check_count("n", sequences, self._limits.sequences, "--max-sequences", " sequences (prompts x n)")
+        ticket = self.admission.admit(
+            caller_of(scope), adapter.name if adapter else None, sequences=sequences, tokens=tokens * params.n
+        )
+        at_end(scope, ticket.release)
+        return ticket
 
     async def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, interleaved as the engine makes them.
@@ -105,22 +149,50 @@ class Generator:
         Closing the generator aborts what still runs.
 
         Raises:
+            Overloaded: no first token came within `--max-queue-wait`.
             LoramuxError: the engine refused a sequence, or is gone.
         """
         choices = {
             request.request_id: ChoiceStream(index, request.prompt_token_ids, call.params, self._tokenizer)
             for index, request in enumerate(call.requests)
         }
+        queued = {request.request_id: len(request.prompt_token_ids) for request in call.requests}
+        record = current_call()
+        followed = record.start(call.requests, n=call.params.n)
         self.num_calls += 1
         try:
             async with self._engine.open(call.requests) as sequences:
-                async for output in sequences:
-                    delta = choices[output.request_id].add(output)
-                    if delta.finish_reason is not None and output.finish_reason is None:
-                        sequences.abort(output.request_id)  # a stop string ended it
-                    yield delta
+                patience = self._patience(sequences)
+                try:
+                    async for output in sequences:
+                        if queued and (num_tokens := queued.pop(output.request_id, None)) is not None:
+                            call.ticket.started(num_tokens)
+                            patience.cancel()
+                        delta = choices[output.request_id].add(output)
+                        if output.timing is not None:
+                            record.was_timed(followed[delta.index], output.timing)
+                        record.took(
+                            followed[delta.index],
+                            len(delta.token_ids),
+                            delta.finish_reason,
+                            delta.num_cached_tokens,
+                        )
+                        if delta.finish_reason is not None and output.finish_reason is None:
+                            sequences.abort(output.request_id)  # a stop string ended it
+                        yield delta
+                finally:
+                    patience.cancel()
         finally:
             self.num_calls -= 1
+
+    def _patience(self, sequences: SequenceStream) -> asyncio.TimerHandle:
+        """Fails sequences of which none has begun in time; cancelled by the first token of any."""
+
+        def give_up() -> None:
+            sequences.fail(self.admission.waited_too_long())
+
+        wait_s = self.admission.config.max_queue_wait_s or _FOR_EVER_S
+        return asyncio.get_running_loop().call_later(wait_s, give_up)
 
     async def collect(self, call: Call) -> list[Delta]:
         """Every choice whole, by index."""

@@ -27,11 +27,11 @@ INERT_OPTIONS: Final = frozenset(
     data-parallel-rank data-parallel-start-rank
     reasoning-parser tool-call-parser
     tool-parser-plugin reasoning-parser-plugin quantization kv-cache-dtype prefix-caching-hash-algo
-    max-num-queued-reqs max-num-queued-tokens load-format code-revision
+    load-format code-revision
     tokenizer-revision hf-overrides hf-config-path config-format fingerprint-mode fingerprint-value
     max-log-len logprobs-mode swap-space cpu-offload-gb default-mm-loras lora-target-modules uds
     max-lora-cls-labels lora-extra-vocab-size long-lora-scaling-factors middleware max-seq-len-to-capture
-    h11-max-incomplete-event-size h11-max-header-count distributed-executor-backend worker-cls
+    distributed-executor-backend worker-cls
     compilation-config speculative-config speculative-model num-speculative-tokens model-loader-extra-config
     guided-decoding-backend structured-outputs-config limit-mm-per-prompt mm-processor-kwargs
     max-parallel-loading-workers num-lookahead-slots num-scheduler-steps max-num-partial-prefills

@@ -1,7 +1,8 @@
-"""Reading JSON bodies: size, content type and syntax are checked before the framework sees them."""
+"""Reading JSON bodies: size, shape, content type and syntax are checked before the framework sees them."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -10,24 +11,31 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from loramux.engine.errors import InvalidRequest
-from loramux.server.errors import ClientGone, RequestTooLarge
+from loramux.server.access.caller import caller_of
+from loramux.server.admission import BodyRoom
+from loramux.server.errors import ClientGone, RequestTooLarge, UnsupportedMediaType
+from loramux.server.json_shape import check_shape
+from loramux.server.limits import Limits, check_field_sizes
 from loramux.server.services import get_services
+from loramux.server.sse import late_answer
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 _METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+_THREAD_ABOVE_BYTES: Final = (
+    256 << 10
+)  # about 5 ms of looking and parsing; longer bodies leave the event loop
 
 
 class JsonRequest(Request):
     """A request whose body was read and parsed."""
 
-    def __init__(self, request: Request, body: bytes, value: object) -> None:
+    def __init__(self, request: Request, value: object) -> None:
         super().__init__(request.scope, request.receive)
-        self._bytes = body
         self._value = value
 
     async def body(self) -> bytes:
-        """The body as it was sent."""
-        return self._bytes
+        """Not the bytes, which are given back as soon as they are parsed, but a sign that there were some."""
+        return b"{}"
 
     async def json(self) -> Any:
         """The parsed body."""
@@ -44,24 +52,63 @@ class JsonRoute(APIRoute):
         async def handle(request: Request) -> Response:
             if request.method not in _METHODS_WITH_BODY or self.is_raw(request):
                 return await inner(request)
-            limit = get_services(request).config.server.limits.request_bytes
-            body = await _read(request, limit)
-            value = _parse(body, request.headers.get("content-type", ""))
-            return await inner(JsonRequest(request, body, value))
+            self.check_welcome(request)
+            value = await _read_value(request)
+            return await self.answer(inner, JsonRequest(request, value), value)
 
         return handle
+
+    def check_welcome(self, request: Request) -> None:
+        """Refuse a request before its body is read; for those who can."""
+
+    async def answer(self, inner: _Handler, request: Request, body: dict[str, Any]) -> Response:
+        """The framework's answer to a request whose body was parsed."""
+        return await inner(request)
 
     def is_raw(self, request: Request) -> bool:
         """True for a body that the route reads by itself."""
         return False
 
 
-async def _read(request: Request, limit: int) -> bytes:
+class GenerationRoute(JsonRoute):
+    """A route that makes the engine work: refused at once when there is no room, and alive while it waits."""
+
+    def check_welcome(self, request: Request) -> None:
+        """Refuse while the caller's line, or the server's, is full."""
+        get_services(request).generator.admission.check_open(caller_of(request.scope))
+
+    async def answer(self, inner: _Handler, request: Request, body: dict[str, Any]) -> Response:
+        """The answer; a stream that has to wait (for an adapter, say) begins with comments."""
+        interval_s = get_services(request).config.server.sse_keep_alive_s
+        if body.get("stream") is not True or not interval_s:
+            return await inner(request)
+        return await late_answer(inner(request), keep_alive_s=interval_s)
+
+
+async def _read_value(request: Request) -> dict[str, Any]:
+    """The parsed body, checked for size and shape.
+
+    Raises:
+        RequestTooLarge, ClientGone, Overloaded, InvalidRequest: it cannot be had.
+    """
+    services = get_services(request)
+    limits = services.config.server.limits
+    content_type = request.headers.get("content-type", "")
+    with services.generator.admission.body_room() as room:
+        body = await _read(request, limits.request_bytes, room)
+        if len(body) <= _THREAD_ABOVE_BYTES:
+            return _parse(body, content_type, limits)
+        value = await asyncio.to_thread(_parse, body, content_type, limits)
+    return value
+
+
+async def _read(request: Request, limit: int, room: BodyRoom) -> bytes:
     """The whole body.
 
     Raises:
         RequestTooLarge: it is, or says it is, larger than `limit`.
         ClientGone: the connection closed before its end.
+        Overloaded: all bodies together are more than the server keeps.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
@@ -77,6 +124,7 @@ async def _read(request: Request, limit: int) -> bytes:
         size += len(piece)
         if size > limit:
             raise RequestTooLarge(_too_large(limit))
+        room.take(len(piece))
         if not message.get("more_body", False):
             return b"".join(pieces)
 
@@ -85,13 +133,14 @@ def _too_large(limit: int) -> str:
     return f"the request body allows at most {limit} bytes (the server's --max-request-bytes)"
 
 
-def _parse(body: bytes, content_type: str) -> object:
+def _parse(body: bytes, content_type: str, limits: Limits) -> dict[str, Any]:
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         message = f"Unsupported Media Type: Only 'application/json' is allowed, got {content_type[:100]!r}"
-        raise InvalidRequest(message, param="content-type")
+        raise UnsupportedMediaType(message, param="content-type")
     if not body.strip():
         raise InvalidRequest("The request body is empty; a JSON object is expected.")
+    check_shape(body, limits)
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
@@ -100,6 +149,7 @@ def _parse(body: bytes, content_type: str) -> object:
         raise InvalidRequest("The request body is nested too deeply.") from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"The request body must be a JSON object, got {_kind(value)}.")
+    check_field_sizes(value, limits)
     return value
 
 
