@@ -58,15 +58,21 @@ class EngineClient:
     Args:
         config: what the process is started with.
         command: the program that is the engine; it gets the socket's address and the config as JSON.
+        on_stats: called with every snapshot of the engine, about once a second.
     """
 
-    def __init__(self, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        on_stats: Callable[[EngineStats], None] = lambda _: None,
+    ) -> None:
         self.config = config
         self._command = command
         self.last_heartbeat_s = time.monotonic()  # when the engine last said anything
         self.num_finished = 0  # sequences that ran to their end
-        self.last_stats = EngineStats()  # at most about a second old while the engine runs
-        self.on_stats: Callable[[EngineStats], None] = lambda _: None  # called with each new one
+        self._on_stats = on_stats
         self._info: EngineInfo | None = None
         self._dead: EngineDead | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -213,8 +219,7 @@ class EngineClient:
         call_id = next(self._call_ids)
         reply = await self._call(call_id, messages.GetStats(call_id))
         assert reply.stats is not None
-        self.last_stats = reply.stats
-        self.on_stats(reply.stats)
+        self._on_stats(reply.stats)
         return reply.stats
 
     async def _call(self, call_id: int, message: ToEngine) -> messages.Reply:
@@ -276,8 +281,7 @@ class EngineClient:
                     self._ready.set_exception(from_wire(error, text, param))
             case messages.Heartbeat(stats):
                 if stats is not None:
-                    self.last_stats = stats
-                    self.on_stats(stats)
+                    self._on_stats(stats)
 
     async def _watch_process(self) -> None:
         assert self._process is not None

@@ -10,10 +10,10 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from loramux.engine.client import EngineClient
 from loramux.engine.errors import LoramuxError
 from loramux.engine.types import AdapterSpec, FreedMemory
 from loramux.resolvers.base import Lease
+from loramux.server.engine_keeper import EngineKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class _Copy:
 class EngineCopies:
     """Loads a content with its first user and unloads it after the last."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: EngineKeeper) -> None:
         self._engine = engine
         self._copies: dict[str, _Copy] = {}
         self._unloads: set[asyncio.Task[FreedMemory | None]] = set()

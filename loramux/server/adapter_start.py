@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from loramux.engine.client import EngineClient
 from loramux.engine.errors import AdapterUnavailable, InvalidConfig, LoramuxError
 from loramux.engine.types import AdapterSpec
 from loramux.plugins.discovery import load_resolvers
@@ -28,6 +27,7 @@ from loramux.server.adapter_events import AdapterEvents
 from loramux.server.adapter_manager import AdapterManager
 from loramux.server.adapter_orders import Loaded, LoadOrder
 from loramux.server.adapters import AdapterTable, Origin
+from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.journal import Journal, JournalEntry
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 
 def build_manager(
-    config: AdapterConfig, engine: EngineClient, *, model: str, served_names: Collection[str]
+    config: AdapterConfig, engine: EngineKeeper, *, model: str, served_names: Collection[str]
 ) -> AdapterManager:
     """Put together what loads and unloads adapters.
 

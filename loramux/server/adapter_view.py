@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from loramux.engine.client import EngineClient
 from loramux.engine.errors import LoramuxError
 from loramux.server.adapters import Failure, Row
+from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.schemas.adapters import AdapterError, AdapterUpdate, AdapterView, DrainingVersion
 
 
-async def view_rows(rows: Collection[Row], engine: EngineClient) -> list[AdapterView]:
+async def view_rows(rows: Collection[Row], engine: EngineKeeper) -> list[AdapterView]:
     """What clients see of some adapters."""
     try:
         stats = await engine.stats()

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from loramux.engine.client import EngineClient
 from loramux.engine.config import EngineConfig
 from loramux.engine.types import EngineStats
 from loramux.resolvers.settings import SourceSettings
@@ -17,13 +16,14 @@ from loramux.server.adapter_events import AdapterEvent
 from loramux.server.adapter_manager import AdapterManager
 from loramux.server.adapter_orders import LoadOrder
 from loramux.server.adapter_start import build_manager
+from loramux.server.engine_keeper import EngineKeeper
 from tests.adapter_files import llama_sites, write_adapter
 
 
 class World:
     """A manager, what is around it, and what was told."""
 
-    def __init__(self, manager: AdapterManager, engine: EngineClient, folder: Path) -> None:
+    def __init__(self, manager: AdapterManager, engine: EngineKeeper, folder: Path) -> None:
         self.manager = manager
         self.engine = engine
         self.folder = folder
@@ -61,7 +61,7 @@ async def adapter_world(
         allow_runtime_updating=True, state_dir=state_dir, sources=settings, environ=environ or {}, **fields
     )
     command = (sys.executable, "-m", "tests.server.fake_engine")
-    engine = EngineClient(EngineConfig(model="tiny", enable_lora=True), command=command)
+    engine = EngineKeeper(EngineConfig(model="tiny", enable_lora=True), command=command)
     await engine.start()
     manager = build_manager(config, engine, model="tiny", served_names=["tiny", "alias"])
     world = World(manager, engine, tmp_path)

@@ -9,6 +9,7 @@ upper case, a seed puts `SEED:` in front. Words in the prompt ask for trouble:
 and so does the base model that an adapter's config names:
 
     !stuck    the load never ends                      !refuse   the load fails
+    !stuck-once   it never ends, if the model's folder has a file `stuck-once`, which is deleted
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 from itertools import cycle, islice
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -56,6 +58,8 @@ class FakeEngine:
                 for message in messages.decode_to_engine(self._pair.recv()):
                     out += self._handle(message)
                 self._send(out)
+            elif not self._runnable():
+                self._send([messages.Heartbeat()])
             outputs = [self._step(request) for request in self._runnable()]
             if outputs:
                 self._send([messages.Outputs(outputs)])
@@ -74,10 +78,16 @@ class FakeEngine:
                 for request_id in request_ids:
                     self._requests.pop(request_id, None)
             case messages.LoadAdapter(call_id, spec):
+                once = Path(self._config.model) / "stuck-once"
+                if spec.base_model == "!stuck-once" and once.exists():
+                    once.unlink()
+                    return []
                 if spec.base_model == "!refuse":
                     return [messages.Reply(call_id, "AdapterIncompatible", "refused", "r")]
                 self._digests[spec.digest] = spec.nbytes
                 return [] if spec.base_model == "!stuck" else [messages.Reply(call_id)]
+            case messages.RestoreAdapters(specs):
+                self._digests |= {spec.digest: spec.nbytes for spec in specs}
             case messages.GetStats(call_id):
                 stats = EngineStats(
                     num_running=len(self._requests),
@@ -192,16 +202,21 @@ def _prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:
 
 
 def main(address: str, config_json: str) -> int:
-    """Connect and serve; a model called `broken` fails to start."""
+    """Connect and serve; a model called `broken`, or with a file of that name, fails to start.
+
+    While there is a file `hold`, the start waits.
+    """
     config = msgspec.json.decode(config_json, type=EngineConfig)
     context = zmq.Context()
     pair: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     pair.setsockopt(zmq.LINGER, 1000)
     pair.connect(address)
-    if config.model.endswith("broken"):
+    if config.model.endswith("broken") or (Path(config.model) / "broken").exists():
         failed = messages.StartFailed("UnsupportedModel", "architecture Broken is not supported")
         pair.send(messages.encode([failed]))
     else:
+        while (Path(config.model) / "hold").exists():
+            time.sleep(0.01)
         FakeEngine(config, pair).run()
     pair.close()
     context.term()
