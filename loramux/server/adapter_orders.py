@@ -57,3 +57,68 @@ class Unloaded:
     is_gone: bool = True
     freed: FreedMemory | None = None
     shared_with: tuple[str, ...] = ()  # other names with the same content, for which it stays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterChange:
+    """One try to change what a name stands for, and what came of it: what an audit log wants to know."""
+
+    action: str  # load, reload, pin, unpin, unload or resolve
+    name: str
+    origin: str  # of the order
+    duration_s: float
+    source: str | None = None  # as shown to clients
+    digest: str | None = None
+    version_before: int | None = None
+    version_after: int | None = None
+    nbytes: int | None = None
+    pinned: bool | None = None
+    error: Exception | None = None  # None = done
+
+
+def load_change(
+    order: LoadOrder,
+    before: AdapterRef | None,
+    result: Loaded | Exception,
+    *,
+    source: str | None,
+    took_s: float,
+) -> AdapterChange:
+    """What a load was, in the words of `AdapterChange`."""
+    after = result.ref if isinstance(result, Loaded) else None
+    action = "load" if before is None else "reload"
+    if order.origin is Origin.RESOLVER:
+        action = "resolve"
+    elif isinstance(result, Loaded) and result.outcome is Outcome.UNCHANGED:
+        is_pin = before is not None and before.pinned != result.ref.pinned
+        action = ("pin" if result.ref.pinned else "unpin") if is_pin else "load"
+    return AdapterChange(
+        action=action,
+        name=order.name,
+        origin=order.origin.value,
+        duration_s=took_s,
+        source=after.source if after else source,
+        digest=after.digest if after else order.digest,
+        version_before=before.version if before else None,
+        version_after=after.version if after else None,
+        nbytes=after.spec.nbytes if after else None,
+        pinned=after.pinned if after else order.pinned,
+        error=result if isinstance(result, Exception) else None,
+    )
+
+
+def unload_change(name: str, result: Unloaded | Exception, *, took_s: float) -> AdapterChange:
+    """What an unload was."""
+    ref = result.ref if isinstance(result, Unloaded) else None
+    freed = result.freed if isinstance(result, Unloaded) else None
+    return AdapterChange(
+        action="unload",
+        name=name,
+        origin=ref.origin.value if ref else Origin.API.value,
+        duration_s=took_s,
+        source=ref.source if ref else None,
+        digest=ref.digest if ref else None,
+        version_before=ref.version if ref else None,
+        nbytes=freed.host_bytes if freed else None,
+        error=result if isinstance(result, Exception) else None,
+    )

@@ -29,8 +29,11 @@ from loramux.server.edge import EdgeLayer
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.generation import Generator
 from loramux.server.generation_config import read_generation_config
+from loramux.server.observe.metrics import Metrics
+from loramux.server.observe.observer import Observer, ObserveLayer
+from loramux.server.observe.request_log import RequestLog
 from loramux.server.prompts import PromptBuilder
-from loramux.server.routes import adapters, chat, completions, health, lora, models, tokenize
+from loramux.server.routes import adapters, chat, completions, health, lora, metrics, models, tokenize
 from loramux.server.services import Services
 from loramux.server.tokenizer import Tokenizer
 from loramux.version import __version__
@@ -60,6 +63,7 @@ def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Servic
     manager, uploads, desired = _build_adapters(config, engine)
     access = Access(config.access)
     manager.on_change = access.audit.changed
+    admission = Admission(server.admission, max_buffered_bytes=server.connections.max_buffered_bytes)
     own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Services(
         config=config,
@@ -78,11 +82,12 @@ def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Servic
             tokenizer,
             eos_token_ids=list(dict.fromkeys(own_eos + written.eos_token_ids)),
             limits=server.limits,
-            admission=Admission(server.admission, max_buffered_bytes=server.connections.max_buffered_bytes),
+            admission=admission,
         ),
         manager=manager,
         uploads=uploads,
         access=access,
+        observer=_build_observer(config, engine, manager, admission),
         desired=desired,
         sampling_defaults=written.defaults,
     )
@@ -92,6 +97,22 @@ def _chat_template(source: str | None, tokenizer: Tokenizer, content_format: str
     if source is None:
         return None
     return ChatTemplate(source, tokenizer.special_tokens, content_format=content_format)
+
+
+def _build_observer(
+    config: Config, engine: EngineKeeper, manager: AdapterManager, admission: Admission
+) -> Observer:
+    metrics = Metrics(
+        engine,
+        config.engine,
+        manager.table,
+        model_name=config.server.served_model_names[0],
+        max_adapters=config.observe.metrics_max_adapters,
+        rejections=admission.rejections,
+    )
+    engine.on_stats = metrics.engine.take
+    log = RequestLog(access_lines=config.observe.access_lines, quiet_paths=config.observe.quiet_paths)
+    return Observer(metrics, log)
 
 
 def _build_adapters(
@@ -129,7 +150,7 @@ def build_app(services: Services) -> FastAPI:
     app.state.services = services
     for route in app.routes:  # the framework's own: the API's description, for whoever has a key
         needs(*SCOPES)(getattr(route, "endpoint"))  # noqa: B009
-    for module in (completions, chat, models, tokenize, health, adapters, lora):
+    for module in (completions, chat, models, tokenize, health, metrics, adapters, lora):
         app.include_router(module.router)
     app.add_exception_handler(LoramuxError, errors.handle_loramux_error)
     app.add_exception_handler(HTTPException, errors.handle_http_exception)
@@ -148,6 +169,7 @@ def _add_layers(app: FastAPI, server: ServerConfig, services: Services) -> None:
     app.add_middleware(AccessLayer, keys=access.keys, routes=routes, audit=access.audit)
     app.add_middleware(DrainLayer, drain=services.drain)
     app.add_middleware(EdgeLayer)
+    app.add_middleware(ObserveLayer, observer=services.observer)
     if server.allowed_origins:
         app.add_middleware(
             CorsLayer,

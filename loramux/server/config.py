@@ -19,11 +19,19 @@ import msgspec
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.server import flags
+from loramux.server.access.access_config import AccessConfig, access_config
 from loramux.server.adapter_config import AdapterConfig, adapter_config
+from loramux.server.admission_config import (
+    AdmissionConfig,
+    ConnectionConfig,
+    admission_config,
+    connection_config,
+)
 from loramux.server.api_config import ApiConfig, api_config
 from loramux.server.engine_care import EngineCare, engine_care
 from loramux.server.flag import Flag
 from loramux.server.limits import Limits
+from loramux.server.observe.observe_config import ObserveConfig, observe_config
 
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -46,7 +54,6 @@ class ServerConfig:
     served_model_names: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
     root_path: str = ""
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
@@ -58,7 +65,6 @@ class ServerConfig:
     ssl_cert_reqs: int = 0
     ssl_ciphers: str | None = None
     log_level: str = "info"
-    access_log: bool = True
     docs: bool = True
     timeout_keep_alive_s: int = 5
     sse_keep_alive_s: float = 15.0
@@ -72,6 +78,8 @@ class ServerConfig:
     generation_config: str = "auto"
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    connections: ConnectionConfig = field(default_factory=ConnectionConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 
 
@@ -82,7 +90,9 @@ class Config:
     server: ServerConfig
     engine: EngineConfig
     adapters: AdapterConfig
+    access: AccessConfig = field(default_factory=AccessConfig)
     care: EngineCare = field(default_factory=EngineCare)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     warnings: tuple[str, ...] = ()  # one line each, for the operator
 
 
@@ -182,11 +192,14 @@ def _build(values: dict[str, Any], environ: Mapping[str, str], warnings: list[st
             message = f"--served-model-name {name[:256]!r} must be 1 to 256 printable characters"
             raise InvalidConfig(message, param="--served-model-name")
     values = {**values, "model": model, "served_model_name": served}
+    access = access_config(values)
     return Config(
-        server=_server_config(values),
+        server=_server_config(values, has_keys=access.has_keys),
         engine=_engine_config(values),
         adapters=adapter_config(values, environ),
+        access=access,
         care=engine_care(values),
+        observe=observe_config(values),
         warnings=tuple(warnings),
     )
 
@@ -206,16 +219,15 @@ def _engine_config(values: dict[str, Any]) -> EngineConfig:
     return engine
 
 
-def _server_config(values: dict[str, Any]) -> ServerConfig:
+def _server_config(values: dict[str, Any], *, has_keys: bool) -> ServerConfig:
     given = {spec.name: values[spec.name] for spec in fields(ServerConfig) if spec.name in values}
-    api_keys = tuple(key for key in values.get("api_key", ()) if key)
     given |= {
         "served_model_names": values["served_model_name"],
-        "api_keys": api_keys,
-        "host": values.get("host") or ("0.0.0.0" if api_keys else "127.0.0.1"),
+        "host": values.get("host") or ("0.0.0.0" if has_keys else "127.0.0.1"),
         "limits": _limits(values),
+        "admission": admission_config(values),
+        "connections": connection_config(values),
         "api": api_config(values),
-        "access_log": not values.get("disable_uvicorn_access_log", False),
         "docs": not values.get("disable_fastapi_docs", False),
     }
     for name in ("allowed_origins", "allowed_methods", "allowed_headers"):

@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from loramux.engine import errors as engine_errors
 from loramux.engine.errors import InvalidRequest, LoramuxError, ModelNotFound
+from loramux.server.observe.call_record import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ def lookup(error: LoramuxError) -> HttpError:
 
 def envelope(message: str, entry: HttpError, param: str | None = None) -> bytes:
     """The JSON text of an error, as bodies and stream events carry it."""
+    note_error(entry.code)
     return msgspec.json.encode(
         {"error": {"message": message, "type": entry.type, "param": param, "code": entry.code}}
     )
@@ -191,7 +193,6 @@ def describe(error: Exception, request_id: str | None = None) -> tuple[HttpError
         # Clients that see only the text (langchain over openai 3) know a full context by the code in it.
         suffix = f" ({entry.code})" if isinstance(error, engine_errors.ContextTooLong) else ""
         return entry, envelope(error.message + suffix, entry, error.param)
-    note_error(_UNEXPECTED.code)
     reference = f" (request {request_id})" if request_id else ""
     return _UNEXPECTED, envelope(f"The server had an internal error{reference}.", _UNEXPECTED)
 

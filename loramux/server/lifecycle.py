@@ -2,7 +2,8 @@
 
 The socket is bound before the model loads, so that a taken port fails at once, but listens only when
 requests are welcome. A known error on the way (a bad flag, adapter or model) is one line on stderr and
-exit code 1. SIGINT and SIGTERM end the server with exit code 0; a second one ends it without waiting.
+exit code 1, and so is the end of an engine that cannot be kept running. SIGINT and SIGTERM end the server
+with exit code 0, after what runs has come to its end (`drain.py`) or its time-out; a second one at once.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from typing import Final
 
 import msgspec
 import uvicorn
 import uvloop
 
-from loramux.engine.client import ENGINE_COMMAND, EngineClient
-from loramux.engine.errors import InvalidConfig, LoramuxError
+from loramux.engine import log_format as log_lines
+from loramux.engine.client import ENGINE_COMMAND
+from loramux.engine.errors import EngineDead, InvalidConfig, LoramuxError
 from loramux.server.adapter_start import Replay, load_modules
 from loramux.server.app import build_app, build_services
 from loramux.server.config import Config, ServerConfig
+from loramux.server.engine_keeper import EngineKeeper
+from loramux.server.http_protocol import allow_open_files, bounded_protocol
 from loramux.server.model_folder import find_model_folder
 from loramux.server.services import Services
 
@@ -41,9 +45,11 @@ def run(config: Config, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> in
         config: of the whole server.
         engine_command: the program that is the engine.
     """
-    _set_up_logging(config.server.log_level)
+    _set_up_logging(config.server.log_level, config.observe.log_format)
     for warning in config.warnings:
         _say(f"warning: {warning}")
+    if not allow_open_files(config.server.connections.max_connections):
+        _say("warning: the limit on open files (ulimit -n) is too low for --max-connections")
     try:
         uvloop.run(_Server(config, engine_command).run())
     except LoramuxError as error:
@@ -58,10 +64,13 @@ class _Server:
     def __init__(self, config: Config, engine_command: Sequence[str]) -> None:
         self._config = config
         self._engine_command = engine_command
-        self._engine: EngineClient | None = None
-        self._stop = asyncio.Event()
+        self._engine: EngineKeeper | None = None
+        self._stop = asyncio.Event()  # a signal came
+        self._force = asyncio.Event()  # and another one
         self._http: _Uvicorn | None = None
         self._replay: Replay | None = None
+        self._services: Services | None = None
+        self._reload: asyncio.Future[None] | None = None  # held, or it might be collected
 
     async def run(self) -> None:
         """Start, serve and stop.
@@ -72,6 +81,7 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         listener = _bind(self._config.server)
         try:
             services = await self._unless_stopped(self._start())
@@ -82,9 +92,18 @@ class _Server:
             if self._engine is not None:
                 await self._engine.stop()
 
+    def _on_hangup(self) -> None:
+        """Look again at what may change while the server runs."""
+        if self._services is not None:
+            self._reload = asyncio.ensure_future(self._services.access.reload())
+
     def _on_signal(self) -> None:
-        if self._stop.is_set() and self._http is not None:
-            self._http.force_exit = True
+        if self._stop.is_set():
+            self._force.set()
+            if self._engine is not None:
+                self._engine.kill()
+            if self._http is not None:
+                self._http.force_exit = True
         self._stop.set()
 
     async def _unless_stopped(self, work: Coroutine[None, None, Services]) -> Services | None:
@@ -112,7 +131,7 @@ class _Server:
             token=server.hf_token,
         )
         engine_config = msgspec.structs.replace(self._config.engine, model=str(folder))
-        self._engine = EngineClient(engine_config, command=self._engine_command)
+        self._engine = EngineKeeper(engine_config, command=self._engine_command, care=self._config.care)
         info = await self._engine.start()
         _say(
             f"model loaded in {time.monotonic() - began_s:.1f} s: {info.architecture}, {info.dtype} on "
@@ -139,29 +158,52 @@ class _Server:
             await services.desired.stop()
         await services.manager.aclose()
         services.uploads.close()
+        services.access.close()
 
     async def _serve(self, services: Services, listener: socket.socket) -> None:
         server = self._config.server
+        self._services = services
         self._http = _Uvicorn(_uvicorn_config(services, server))
         serving = asyncio.ensure_future(self._http.serve(sockets=[listener]))
         await self._http.listening.wait()
         address = _address(server, listener)
-        if not server.api_keys and server.host in ("127.0.0.1", "localhost", "::1"):
+        has_keys = self._config.access.has_keys
+        if not has_keys and server.host in ("127.0.0.1", "localhost", "::1"):
             _say("no --api-key: only this machine can connect; --host 0.0.0.0 opens it to others")
-        elif not server.api_keys:
+        elif not has_keys:
             _say(f"warning: no --api-key: everybody who reaches {address} can use the server")
         _say(f"ready on {address} in {time.monotonic() - _STARTED_S:.1f} s")
-        await self._stop.wait()
-        _say("stopping")
-        services.stopping.set()
-        services.manager.events.close()
+        await _first(self._stop.wait(), services.engine.wait_dead(), serving)
+        has_failed = not self._stop.is_set()
+        _say("stopping" if self._stop.is_set() else f"error: {services.engine.problem}")
+        await self._drain(services, server.shutdown_timeout_s)
         self._http.should_exit = True
-        deadline_s = time.monotonic() + server.shutdown_timeout_s
-        while services.generator.num_calls and time.monotonic() < deadline_s and not self._http.force_exit:
-            await asyncio.sleep(0.05)
         await services.engine.stop()  # what still runs gets an error now
         await self._stop_adapters(services)
         await serving
+        if has_failed:
+            raise EngineDead("the server ended, because its engine cannot be kept running")
+
+    async def _drain(self, services: Services, timeout_s: float) -> None:
+        """Let what runs come to its end, while probes still answer."""
+        services.drain.begin()
+        services.manager.events.close()
+        if services.engine.is_alive and services.drain.num_open and timeout_s:
+            _say(f"draining {services.drain.num_open} requests for at most {timeout_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await _first(services.drain.wait_idle(), self._force.wait(), services.engine.wait_dead())
+
+
+async def _first(*work: Awaitable[object]) -> None:
+    """Return when one of them has ended; the others are cancelled, but not a task of somebody else's."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, each in zip(tasks, work, strict=True):
+            if task is not each:
+                task.cancel()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -185,11 +227,12 @@ class _Uvicorn(uvicorn.Server):
 def _uvicorn_config(services: Services, server: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         build_app(services),
-        http="httptools",
+        http=bounded_protocol(server.connections, services.generator.admission.rejections),
         lifespan="off",
         log_config=None,
-        access_log=server.access_log,
+        access_log=False,  # the request log says more
         server_header=False,
+        forwarded_allow_ips=services.config.access.forwarded_allow_ips,
         timeout_keep_alive=server.timeout_keep_alive_s,
         timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
         ssl_keyfile=server.ssl_keyfile,
@@ -234,12 +277,8 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _set_up_logging(level: str) -> None:
+def _set_up_logging(level: str, log_format: str) -> None:
     number = logging.DEBUG if level == "trace" else logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(
-        level=max(number, logging.INFO) if number <= logging.DEBUG else number,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    log_lines.set_up(max(number, logging.INFO), log_format)
     logging.getLogger("loramux").setLevel(number)
     logging.getLogger("uvicorn.error").setLevel(max(number, logging.WARNING))  # our own lines say more

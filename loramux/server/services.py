@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from loramux.engine.client import EngineClient
+from loramux.server.access.access import Access
+from loramux.server.access.caller import caller_of
 from loramux.server.adapter_manager import AdapterManager
-from loramux.server.adapter_names import require_model
+from loramux.server.adapter_names import MAX_NAME_CHARS, require_model
 from loramux.server.adapter_upload import Uploads
 from loramux.server.adapters import AdapterRef, AdapterTable
 from loramux.server.config import Config
 from loramux.server.desired_state import DesiredState
 from loramux.server.disconnect import until_disconnect
+from loramux.server.drain import Drain
 from loramux.server.edge import at_end
+from loramux.server.engine_keeper import EngineKeeper
+from loramux.server.errors import AdapterHidden
 from loramux.server.generation import Generator
+from loramux.server.observe.call_record import current_call
+from loramux.server.observe.observer import Observer
 from loramux.server.prompts import PromptBuilder
 from loramux.server.tokenizer import Tokenizer
 
@@ -28,15 +33,17 @@ class Services:
     """The parts of a running server."""
 
     config: Config
-    engine: EngineClient
+    engine: EngineKeeper
     tokenizer: Tokenizer
     prompts: PromptBuilder
     generator: Generator
     manager: AdapterManager
     uploads: Uploads
+    access: Access
+    observer: Observer
     sampling_defaults: Mapping[str, Any]
     desired: DesiredState | None = None  # if there is an --adapters-file
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    drain: Drain = field(default_factory=Drain)
 
     @property
     def adapters(self) -> AdapterTable:
@@ -49,16 +56,22 @@ class Services:
         Waits for one that is being loaded, or that a resolver knows; None means the base model.
 
         Raises:
-            ModelNotFound: the name is unknown.
+            ModelNotFound: the name is unknown, or not among those of the caller's key.
             AdapterError: it is known, and cannot be had.
             ClientGone: nobody waits any more.
         """
+        call = current_call()
+        call.model = self.shown_model(model)[:MAX_NAME_CHARS]
         require_model(model)
         if model is None or self.adapters.is_base(model):
             return None
+        if not caller_of(request.scope).may_use(model):  # before resolvers hear of it
+            raise AdapterHidden(self.adapters.not_found(model).message, param="model", name=model)
         lease = self.adapters.lease(model)
         if lease is None:
-            lease = await until_disconnect(self.manager.lease(model), request.receive)
+            with call.waiting_for(model):
+                lease = await until_disconnect(self.manager.lease(model), request.receive)
+        call.leased(lease.ref.name, lease.ref.version, lease.ref.digest)
         at_end(request.scope, lease.release)
         return lease.ref
 
@@ -69,10 +82,10 @@ class Services:
     def not_ready(self) -> list[str]:
         """Why no request should be sent here now; empty when all is well."""
         reasons: list[str] = []
-        if not self.engine.is_alive:
-            reasons.append("the engine is not running")
-        if self.stopping.is_set():
-            reasons.append("the server is shutting down")
+        if (problem := self.engine.problem) is not None:
+            reasons.append(problem)
+        if self.drain.has_begun:
+            reasons.append("the server is draining: it shuts down")
         return [*reasons, *self.manager.missing()]
 
 

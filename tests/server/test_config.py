@@ -178,8 +178,8 @@ def test_environment_switches_are_read() -> None:
 
 
 def test_vllm_names_of_the_environment_work_and_must_not_contradict() -> None:
-    assert read("m", VLLM_API_KEY="k").server.api_keys == ("k",)
-    assert read("m", VLLM_API_KEY="k", LORAMUX_API_KEY="k").server.api_keys == ("k",)
+    assert read("m", VLLM_API_KEY="k").access.api_keys == ("k",)
+    assert read("m", VLLM_API_KEY="k", LORAMUX_API_KEY="k").access.api_keys == ("k",)
     message = refusal("m", VLLM_PLUGINS="a", LORAMUX_PLUGINS="b")
     assert "LORAMUX_PLUGINS" in message
     assert "VLLM_PLUGINS" in message

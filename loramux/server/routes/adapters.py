@@ -15,6 +15,9 @@ from starlette.requests import ClientDisconnect
 
 from loramux.engine.errors import AdapterNotFound, InvalidRequest
 from loramux.resolvers.explain import explain_adapter
+from loramux.server.access.access import require_change, require_upload
+from loramux.server.access.caller import Caller, caller_of
+from loramux.server.access.scopes import needs
 from loramux.server.adapter_names import require_adapter_name
 from loramux.server.adapter_orders import IfLoaded, LoadOrder, Outcome
 from loramux.server.adapter_upload import CONFIG_HEADER, SHOWN_SOURCE
@@ -36,27 +39,38 @@ router = APIRouter(route_class=AdapterRoute)
 
 
 @router.get("/v1/lora_adapters")
-async def list_adapters(services: ServicesDep) -> Response:
-    """Every adapter, with those that load, drain or failed."""
-    views = await view_rows(list(services.adapters.rows()), services.engine)
-    desired = services.desired.report() if services.desired is not None else None
+@needs("adapters:read")
+async def list_adapters(request: Request, services: ServicesDep) -> Response:
+    """Every adapter that the caller may use, with those that load, drain or failed."""
+    caller = caller_of(request.scope)
+    views = await view_rows(
+        [row for row in services.adapters.rows() if caller.may_use(row.name)], services.engine
+    )
+    sees_file = services.desired is not None and caller.sees_everything
+    desired = services.desired.report() if services.desired is not None and sees_file else None
     return _json(AdapterList(data=views, desired=desired))
 
 
 @router.get("/v1/lora_adapters/events")
-async def adapter_events(services: ServicesDep) -> Response:
-    """Every change from now on, as server-sent events."""
+@needs("adapters:read")
+async def adapter_events(request: Request, services: ServicesDep) -> Response:
+    """Every change from now on of what the caller may use, as server-sent events."""
     keep_alive_s = services.config.server.sse_keep_alive_s
-    return EventStream(_events(services), headers={}, keep_alive_s=keep_alive_s)
+    events = _events(services, caller_of(request.scope))
+    return EventStream(events, headers={}, keep_alive_s=keep_alive_s)
 
 
 @router.get("/v1/lora_adapters/{name:path}")
-async def get_adapter(name: str, services: ServicesDep) -> Response:
+@needs("adapters:read")
+async def get_adapter(name: str, request: Request, services: ServicesDep) -> Response:
     """One adapter."""
+    if not caller_of(request.scope).may_use(name):
+        raise _not_found(name)
     return _json(await _view(services, name))
 
 
 @router.put("/v1/lora_adapters/{name:path}")
+@needs("adapters:write")
 async def put_adapter(
     name: str,
     request: Request,
@@ -65,10 +79,13 @@ async def put_adapter(
 ) -> Response:
     """Make a name stand for what is at a source, or for the uploaded bytes; repeating it changes nothing."""
     require_adapter_name(name, services.adapters.base_names, param="name")
+    caller = caller_of(request.scope)
     if is_upload(request):
+        require_upload(caller, name)
         order = await _upload_order(name, request, services)
     else:
         order = _order(name, _validated(await request.json()))
+        require_change(caller, name, source=order.source)
     try:
         if dry_run:
             return await _explain(order, services)
@@ -80,19 +97,23 @@ async def put_adapter(
 
 
 @router.delete("/v1/lora_adapters/{name:path}")
+@needs("adapters:write")
 async def delete_adapter(
     name: str,
+    request: Request,
     services: ServicesDep,
     drain_timeout_s: Annotated[float, Query(ge=0, le=86_400)] = 0.0,
 ) -> Response:
     """Forget a name at once, and say what was freed; 202 while requests still run on it."""
+    caller = caller_of(request.scope)
+    require_change(caller, name)
     unloaded = await services.manager.unload(name, drain_timeout_s=drain_timeout_s)
     result = DeleteResult(
         name=name,
         state="gone" if unloaded.is_gone else "draining",
         leases=unloaded.leases,
         freed=unloaded.freed,
-        shared_with=list(unloaded.shared_with),
+        shared_with=[other for other in unloaded.shared_with if caller.may_use(other)],
     )
     return _json(result, 200 if unloaded.is_gone else 202)
 
@@ -100,14 +121,20 @@ async def delete_adapter(
 async def _view(services: Services, name: str) -> AdapterView:
     row = services.adapters.row(name)
     if row is None:
-        raise AdapterNotFound(f"The lora adapter {name[:256]!r} cannot be found.", param="name")
+        raise _not_found(name)
     return (await view_rows([row], services.engine))[0]
 
 
-async def _events(services: Services) -> AsyncGenerator[bytes, None]:
+def _not_found(name: str) -> AdapterNotFound:
+    return AdapterNotFound(f"The lora adapter {name[:256]!r} cannot be found.", param="name")
+
+
+async def _events(services: Services, caller: Caller) -> AsyncGenerator[bytes, None]:
     yield b": connected\n\n"
     async with aclosing(services.manager.events.subscribe()) as events:
         async for item in events:
+            if not caller.may_use(item.name):
+                continue
             head = f"id: {item.id}\nevent: {item.state}\n".encode()
             yield head + event(msgspec.json.encode(item))
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from loramux.server.access.caller import caller_of
+from loramux.server.access.scopes import needs
 from loramux.server.adapters import answer_headers
 from loramux.server.chat_answer import ChatAnswer
 from loramux.server.disconnect import until_disconnect
 from loramux.server.routes.answer_id import answer_id
-from loramux.server.routes.body import JsonRoute
+from loramux.server.routes.body import GenerationRoute
 from loramux.server.schemas.chat import ChatRequest
 from loramux.server.services import ServicesDep
 from loramux.server.sse import EventStream
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=GenerationRoute)
 
 
 @router.post("/v1/chat/completions")
+@needs("inference")
 async def create_chat_completion(request: Request, body: ChatRequest, services: ServicesDep) -> Response:
     """Answer a conversation."""
     adapter = await services.adapter_of(body.model, request)
@@ -38,7 +41,12 @@ async def create_chat_completion(request: Request, body: ChatRequest, services: 
         truncate=body.truncate_prompt_tokens,
     )
     call = services.generator.plan(
-        [prompt], params, adapter, cache_salt=body.cache_salt, priority=body.priority
+        [prompt],
+        params,
+        adapter,
+        scope=request.scope,
+        cache_salt=caller_of(request.scope).salted(body.cache_salt),
+        priority=body.priority,
     )
     answer = ChatAnswer(
         body,

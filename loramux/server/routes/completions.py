@@ -6,19 +6,22 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
+from loramux.server.access.caller import caller_of
+from loramux.server.access.scopes import needs
 from loramux.server.adapters import answer_headers
 from loramux.server.completion_answer import CompletionAnswer
 from loramux.server.disconnect import until_disconnect
 from loramux.server.routes.answer_id import answer_id
-from loramux.server.routes.body import JsonRoute
+from loramux.server.routes.body import GenerationRoute
 from loramux.server.schemas.completions import CompletionRequest
 from loramux.server.services import ServicesDep
 from loramux.server.sse import EventStream
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=GenerationRoute)
 
 
 @router.post("/v1/completions")
+@needs("inference")
 async def create_completion(request: Request, body: CompletionRequest, services: ServicesDep) -> Response:
     """Continue one or several prompts."""
     adapter = await services.adapter_of(body.model, request)
@@ -36,7 +39,12 @@ async def create_completion(request: Request, body: CompletionRequest, services:
         truncate=body.truncate_prompt_tokens,
     )
     call = services.generator.plan(
-        prompts, params, adapter, cache_salt=body.cache_salt, priority=body.priority
+        prompts,
+        params,
+        adapter,
+        scope=request.scope,
+        cache_salt=caller_of(request.scope).salted(body.cache_salt),
+        priority=body.priority,
     )
     answer = CompletionAnswer(
         body,

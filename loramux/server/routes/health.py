@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 from fastapi import APIRouter, Response
 
+from loramux.server.access.scopes import needs
 from loramux.server.services import ServicesDep
 from loramux.version import __version__
 
@@ -16,6 +17,7 @@ router = APIRouter()
 
 @router.head("/live", include_in_schema=False)
 @router.get("/live")
+@needs("public")
 async def live() -> Response:
     """200 while this process answers at all."""
     return Response()
@@ -25,6 +27,7 @@ async def live() -> Response:
 @router.get("/health")
 @router.get("/ping")
 @router.post("/ping")
+@needs("public")
 async def health(services: ServicesDep) -> Response:
     """200 while the engine runs, else 503; empty bodies, as probes expect."""
     return Response(status_code=200 if services.engine.is_alive else 503)
@@ -32,6 +35,7 @@ async def health(services: ServicesDep) -> Response:
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
+@needs("public")
 async def ready(services: ServicesDep) -> Response:
     """200 when requests are welcome, else 503 with the reasons."""
     reasons = services.not_ready()
@@ -40,12 +44,14 @@ async def ready(services: ServicesDep) -> Response:
 
 
 @router.get("/version")
+@needs("public")
 async def version() -> Response:
     """The server's version."""
     return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
 
 
 @router.get("/load")
+@needs("admin")
 async def load(services: ServicesDep) -> Response:
     """Calls in flight, and the engine's own counts."""
     stats = await services.engine.stats()

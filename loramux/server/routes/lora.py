@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from loramux.engine.errors import AdapterNotFound
+from loramux.server.access.access import require_change
+from loramux.server.access.caller import caller_of
+from loramux.server.access.scopes import needs
 from loramux.server.adapter_orders import IfLoaded, LoadOrder, Outcome
 from loramux.server.errors import AdapterNameRefused
 from loramux.server.routes.adapter_route import AdapterRoute
@@ -25,7 +28,8 @@ router = APIRouter(route_class=AdapterRoute)
 
 
 @router.post("/v1/load_lora_adapter")
-async def load_lora_adapter(body: LoadLoraAdapter, services: ServicesDep) -> Response:
+@needs("adapters:write")
+async def load_lora_adapter(body: LoadLoraAdapter, request: Request, services: ServicesDep) -> Response:
     """vLLM's load; 200 once requests may use the adapter."""
     if not body.lora_name or not body.lora_path:
         raise AdapterNameRefused("Both 'lora_name' and 'lora_path' must be provided.")
@@ -36,30 +40,37 @@ async def load_lora_adapter(body: LoadLoraAdapter, services: ServicesDep) -> Res
         pinned=body.pinned,
         base_model_name=body.base_model_name,
     )
+    require_change(caller_of(request.scope), order.name, source=order.source)
     await services.manager.load(order)
     return _text(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter")
-async def unload_lora_adapter(body: UnloadLoraAdapter, services: ServicesDep) -> Response:
+@needs("adapters:write")
+async def unload_lora_adapter(body: UnloadLoraAdapter, request: Request, services: ServicesDep) -> Response:
     """vLLM's unload; requests that run on the adapter end as they would."""
     if not body.lora_name:
         raise AdapterNameRefused("'lora_name' needs to be provided to unload a LoRA adapter.")
+    require_change(caller_of(request.scope), body.lora_name)
     await services.manager.unload(body.lora_name)
     return _text(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.get("/v1/loras")
-async def dynamo_list(services: ServicesDep) -> Response:
+@needs("adapters:read")
+async def dynamo_list(request: Request, services: ServicesDep) -> Response:
     """Dynamo's list of names and numbers."""
-    loras = {ref.name: _number(ref.name) for ref in services.adapters.all()}
+    caller = caller_of(request.scope)
+    loras = {ref.name: _number(ref.name) for ref in services.adapters.all() if caller.may_use(ref.name)}
     return _json(DynamoList(loras=loras, count=len(loras)))
 
 
 @router.post("/v1/loras")
-async def dynamo_load(body: DynamoLoad, services: ServicesDep) -> Response:
+@needs("adapters:write")
+async def dynamo_load(body: DynamoLoad, request: Request, services: ServicesDep) -> Response:
     """Dynamo's load: what it wants is the desired state, so it replaces what is there."""
     order = LoadOrder(name=body.lora_name, source=body.source.uri, if_loaded=IfLoaded.REPLACE)
+    require_change(caller_of(request.scope), order.name, source=order.source)
     loaded = await services.manager.load(order)
     is_swap = loaded.outcome is Outcome.REPLACED
     done = {Outcome.ADDED: "loaded", Outcome.REPLACED: "replaced", Outcome.UNCHANGED: "already loaded"}
@@ -75,8 +86,10 @@ async def dynamo_load(body: DynamoLoad, services: ServicesDep) -> Response:
 
 
 @router.delete("/v1/loras/{name:path}")
-async def dynamo_unload(name: str, services: ServicesDep) -> Response:
+@needs("adapters:write")
+async def dynamo_unload(name: str, request: Request, services: ServicesDep) -> Response:
     """Dynamo's unload; one that is not there is as it should be, so that a controller can finish."""
+    require_change(caller_of(request.scope), name)
     message = f"LoRA adapter '{name}' unloaded successfully"
     try:
         await services.manager.unload(name)
@@ -86,7 +99,8 @@ async def dynamo_unload(name: str, services: ServicesDep) -> Response:
 
 
 @router.post("/adapters")
-async def sagemaker_load(body: SageMakerLoad, services: ServicesDep) -> Response:
+@needs("adapters:write")
+async def sagemaker_load(body: SageMakerLoad, request: Request, services: ServicesDep) -> Response:
     """SageMaker's load."""
     if not body.name or not body.src:
         raise AdapterNameRefused("Both 'name' and 'src' must be provided.")
@@ -96,13 +110,16 @@ async def sagemaker_load(body: SageMakerLoad, services: ServicesDep) -> Response
         if_loaded=IfLoaded.REPLACE if body.load_inplace else IfLoaded.REFUSE,
         pinned=body.pin,
     )
+    require_change(caller_of(request.scope), order.name, source=order.source)
     await services.manager.load(order)
     return _text(f"Adapter {body.name} registered")
 
 
 @router.delete("/adapters/{name:path}")
-async def sagemaker_unload(name: str, services: ServicesDep) -> Response:
+@needs("adapters:write")
+async def sagemaker_unload(name: str, request: Request, services: ServicesDep) -> Response:
     """SageMaker's unload."""
+    require_change(caller_of(request.scope), name)
     await services.manager.unload(name)
     return _text(f"Adapter {name} unregistered")
 

@@ -6,9 +6,11 @@ import hashlib
 from pathlib import Path
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from loramux.engine.errors import ModelNotFound
+from loramux.server.access.caller import Caller, caller_of
+from loramux.server.access.scopes import needs
 from loramux.server.schemas.models import ModelCard, ModelList, ModelPermission
 from loramux.server.services import Services, ServicesDep
 
@@ -16,21 +18,23 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(services: ServicesDep) -> Response:
-    """The base names, then the adapters by name."""
-    return _json(ModelList(data=_cards(services)))
+@needs("inference", "adapters:read")
+async def list_models(request: Request, services: ServicesDep) -> Response:
+    """The base names, then the adapters that the caller may use, by name."""
+    return _json(ModelList(data=_cards(services, caller_of(request.scope))))
 
 
 @router.get("/v1/models/{model_id:path}")
-async def get_model(model_id: str, services: ServicesDep) -> Response:
+@needs("inference", "adapters:read")
+async def get_model(model_id: str, request: Request, services: ServicesDep) -> Response:
     """One of them; the id may hold slashes, colons and spaces, percent-encoded or not."""
-    for card in _cards(services):
+    for card in _cards(services, caller_of(request.scope)):
         if card.id == model_id:
             return _json(card)
     raise ModelNotFound(f"The model `{model_id[:256]}` does not exist.", param="model")
 
 
-def _cards(services: Services) -> list[ModelCard]:
+def _cards(services: Services, caller: Caller) -> list[ModelCard]:
     table = services.adapters
     root = services.config.server.model
     if Path(root).expanduser().exists():
@@ -55,6 +59,7 @@ def _cards(services: Services) -> list[ModelCard]:
             permission=_permission(ref.name, ref.created),
         )
         for ref in table.all()
+        if caller.may_use(ref.name)
     ]
     return base + adapters
 

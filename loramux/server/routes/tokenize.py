@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from loramux.server.access.scopes import needs
 from loramux.server.routes.body import JsonRoute
 from loramux.server.sampling_params import check_token_ids
 from loramux.server.schemas.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
@@ -14,6 +15,7 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/tokenize")
+@needs("inference")
 async def tokenize(request: Request, body: TokenizeRequest, services: ServicesDep) -> Response:
     """Token ids of a prompt or a conversation; adapters use the base model's tokenizer."""
     await services.adapter_of(body.model, request)
@@ -40,6 +42,7 @@ async def tokenize(request: Request, body: TokenizeRequest, services: ServicesDe
 
 
 @router.post("/detokenize")
+@needs("inference")
 async def detokenize(request: Request, body: DetokenizeRequest, services: ServicesDep) -> Response:
     """The text of token ids, control tokens included."""
     await services.adapter_of(body.model, request)
