@@ -31,6 +31,7 @@ from loramux.server.api_config import ApiConfig, api_config
 from loramux.server.engine_care import EngineCare, engine_care
 from loramux.server.flag import Flag
 from loramux.server.limits import Limits
+from loramux.server.tool_config import ToolConfig, tool_config
 from loramux.server.observe.observe_config import ObserveConfig, observe_config
 
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
@@ -81,6 +82,7 @@ class ServerConfig:
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     connections: ConnectionConfig = field(default_factory=ConnectionConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
+    tools: ToolConfig = field(default_factory=ToolConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +230,7 @@ def _server_config(values: dict[str, Any], *, has_keys: bool) -> ServerConfig:
         "admission": admission_config(values),
         "connections": connection_config(values),
         "api": api_config(values),
+        "tools": tool_config(values),
         "docs": not values.get("disable_fastapi_docs", False),
     }
     for name in ("allowed_origins", "allowed_methods", "allowed_headers"):

@@ -50,6 +50,7 @@ class EdgeLayer:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                scope["loramux.status"] = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 

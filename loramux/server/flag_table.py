@@ -98,6 +98,21 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "control tokens that are written in messages count as such, as with vLLM",
         ),
     ),
+    "tools and reasoning": (
+        Flag(
+            "tool-call-parser",
+            "format of a model's tool calls: hermes, llama3_json, mistral, pythonic; "
+            "auto = as the chat template shows; none",
+        ),
+        switch(
+            "enable-auto-tool-choice", 'tool_choice "auto" works; without the flag, if a format is known'
+        ),
+        switch("exclude-tools-when-tool-choice-none", 'tool_choice "none" keeps tools out of the prompt'),
+        Flag(
+            "reasoning-parser",
+            "how a model marks its reasoning: qwen3, deepseek_r1; auto = as the chat template shows; none",
+        ),
+    ),
     "access": (
         Flag(
             "api-key", "keys with all rights; requests must bring a key as soon as there is one", is_list=True
@@ -174,6 +189,8 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
     "limits of one request": (
         Flag("max-request-bytes", "bytes of a body", parse_count),
         Flag("max-messages", "messages of a chat", parse_count),
+        Flag("max-tools", "tools of a chat", parse_count),
+        Flag("max-tools-bytes", "bytes of their JSON", parse_count),
         Flag("max-prompts", "prompts of a completion call", parse_count),
         Flag("max-n", "choices a prompt", parse_count),
         Flag("max-stop", "stop strings", parse_count),

@@ -11,9 +11,8 @@ INERT_SWITCHES: Final = frozenset(
     enable-tower-connector-lora specialize-active-lora enable-mixed-moe-lora-format enable-lora-bias
     enable-moe-shared-loras tokens-only enable-dbo
     enable-prompt-tokens-details enable-server-load-tracking enable-ssl-refresh
-    enable-request-id-headers enable-log-requests disable-log-requests enable-log-outputs disable-log-stats
+    enable-request-id-headers disable-log-stats
     log-error-stack enable-offline-docs enable-sleep-mode enable-scale-out
-    enable-auto-tool-choice exclude-tools-when-tool-choice-none
     trust-request-mm-kwargs disable-frontend-multiprocessing enable-prompt-embeds use-tqdm-on-load
     disable-custom-all-reduce enable-expert-parallel disable-hybrid-kv-cache-manager skip-tokenizer-init
     disable-sliding-window disable-cascade-attn calculate-kv-scales enable-reasoning use-v2-block-manager
@@ -25,18 +24,17 @@ INERT_OPTIONS: Final = frozenset(
     tensor-parallel-size pipeline-parallel-size data-parallel-size api-server-count tokenizer-mode
     data-parallel-size-local data-parallel-address data-parallel-rpc-port data-parallel-backend
     data-parallel-rank data-parallel-start-rank
-    reasoning-parser tool-call-parser
     tool-parser-plugin reasoning-parser-plugin quantization kv-cache-dtype prefix-caching-hash-algo
     load-format code-revision
     tokenizer-revision hf-overrides hf-config-path config-format fingerprint-mode fingerprint-value
-    max-log-len logprobs-mode swap-space cpu-offload-gb default-mm-loras lora-target-modules uds
+    logprobs-mode swap-space cpu-offload-gb default-mm-loras lora-target-modules uds
     max-lora-cls-labels lora-extra-vocab-size long-lora-scaling-factors middleware max-seq-len-to-capture
     distributed-executor-backend worker-cls
     compilation-config speculative-config speculative-model num-speculative-tokens model-loader-extra-config
     guided-decoding-backend structured-outputs-config limit-mm-per-prompt mm-processor-kwargs
     max-parallel-loading-workers num-lookahead-slots num-scheduler-steps max-num-partial-prefills
     max-long-partial-prefills long-prefill-token-threshold kv-transfer-config kv-events-config
-    additional-config otlp-traces-endpoint collect-detailed-traces disable-access-log-for-endpoints task
+    additional-config collect-detailed-traces task
     runner convert allowed-local-media-path model-impl attention-backend kv-offloading-size
     kv-offloading-backend rope-scaling rope-theta ignore-patterns cuda-graph-sizes log-config-file
     preemption-mode override-neuron-config override-pooler-config pooler-config scheduler-cls

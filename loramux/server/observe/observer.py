@@ -1,0 +1,71 @@
+"""The door through which every request goes when it begins and when it is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loramux.server.access.caller import caller_of
+from loramux.server.observe.call_record import CallRecord, enter_call, leave_call
+from loramux.server.observe.metrics import Metrics
+from loramux.server.observe.request_log import RequestLog
+
+
+class Observer:
+    """Follows requests from the edge to their end.
+
+    Args:
+        metrics: where they are counted.
+        log: where they are written down.
+    """
+
+    def __init__(self, metrics: Metrics, log: RequestLog) -> None:
+        self.metrics = metrics
+        self._log = log
+        self._calls: set[CallRecord] = set()
+        metrics.calls = self._calls
+
+    @property
+    def calls(self) -> Collection[CallRecord]:
+        """Requests in flight."""
+        return self._calls
+
+    def begin(self, scope: Scope) -> CallRecord:
+        """A request arrived."""
+        call = CallRecord(self.metrics.requests.tokens, method=scope["method"], path=scope["path"])
+        self._calls.add(call)
+        return call
+
+    def end(self, call: CallRecord, scope: Scope) -> None:
+        """It is over: answered to the last byte, failed, or its client gone."""
+        self._calls.discard(call)
+        call.ended_s = time.monotonic()
+        call.request_id = scope.get("loramux.request_id", "")
+        call.status = scope.get("loramux.status")
+        call.route = getattr(scope.get("route"), "path", None)
+        call.key_id = caller_of(scope).key_id
+        self.metrics.finished(call)
+        self._log.finished(call)
+
+
+class ObserveLayer:
+    """The ASGI layer around everything that is to be counted."""
+
+    def __init__(self, app: ASGIApp, *, observer: Observer) -> None:
+        self._app = app
+        self._observer = observer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, and note what came of it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = self._observer.begin(scope)
+        token = enter_call(call)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            leave_call(token)
+            self._observer.end(call, scope)

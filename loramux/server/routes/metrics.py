@@ -1,0 +1,29 @@
+"""`GET /metrics`: what Prometheus reads. Answers also while the engine is busy, down or starting again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Final
+
+from fastapi import APIRouter, Response
+
+from loramux.engine.errors import LoramuxError
+from loramux.server.access.scopes import needs
+from loramux.server.observe.metrics import CONTENT_TYPE
+from loramux.server.services import ServicesDep
+
+router = APIRouter()
+
+_PATIENCE_S: Final = 0.1  # with a busy engine, whose last snapshot is about a second old
+
+
+@router.get("/metrics")
+@router.get("/metrics/{rest:path}", include_in_schema=False)
+@needs("metrics")
+async def metrics(services: ServicesDep) -> Response:
+    """All metrics in Prometheus' text format; any path below is the same page."""
+    if services.engine.is_alive:
+        with contextlib.suppress(LoramuxError, TimeoutError):
+            await asyncio.wait_for(services.engine.stats(), _PATIENCE_S)  # heard by the metrics, too
+    return Response(services.observer.metrics.page(), headers={"content-type": CONTENT_TYPE})
