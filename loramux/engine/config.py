@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from loramux.engine.errors import InvalidConfig
@@ -37,6 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_dtype: str = "auto"  # auto = the model's
     max_cpu_loras: int | None = None  # adapters in host memory; None = as many as host_lora_bytes holds
     host_lora_bytes: int = 4 << 30  # of adapter weights in host memory
+    log_format: str = "text"  # of the process's log lines, see log_format.py
 
     def __post_init__(self) -> None:
         positive = (
@@ -64,6 +67,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             names, got = " or ".join(SCHEDULING_POLICIES), self.scheduling_policy
             message = f"--scheduling-policy must be {names}, got {got!r}"
             raise InvalidConfig(message, param="--scheduling-policy")
+        if not 0.0 < self.grammar_compile_timeout_s < math.inf:
+            raise InvalidConfig(
+                f"--grammar-compile-timeout must be above 0 seconds, got {self.grammar_compile_timeout_s}",
+                param="--grammar-compile-timeout",
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InvalidConfig(
                 f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}",

@@ -19,7 +19,7 @@ from functools import partial
 import msgspec
 import zmq
 
-from loramux.engine import messages
+from loramux.engine import log_format, messages
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
 from loramux.engine.errors import LoramuxError
@@ -118,7 +118,8 @@ class EngineProcess:
 
 def main(address: str, config_json: str) -> int:
     """Connect, load the model, serve. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    config = msgspec.json.decode(config_json, type=EngineConfig)
+    log_format.set_up(logging.INFO, config.log_format, process="engine")
     _die_with_parent()
     context = zmq.Context()
     pair: zmq.Socket[bytes] = context.socket(zmq.PAIR)
@@ -126,7 +127,7 @@ def main(address: str, config_json: str) -> int:
     pair.setsockopt(zmq.LINGER, 1000)
     pair.connect(address)
     try:
-        engine = Engine(msgspec.json.decode(config_json, type=EngineConfig))
+        engine = Engine(config)
     except LoramuxError as error:
         pair.send(messages.encode([messages.StartFailed(type(error).__name__, error.message, error.param)]))
         pair.close()

@@ -128,6 +128,8 @@ class Store:
         self.folder = folder
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
+        self.num_evicted = 0  # by this process
+        self.num_bytes = 0  # of adapters, as of the last time that somebody looked
         self._leases: dict[str, _Held] = {}
         self._mutex = threading.Lock()  # guards _leases; taken after `lock`, never before it
         with self._disk_errors():
@@ -256,7 +258,8 @@ class Store:
         """
         with self._disk_errors(), self._locked():
             entries = sorted(self._entries())
-            budget = sum(entry.nbytes for entry in entries) + nbytes - (self._max_bytes or 0)
+            self.num_bytes = sum(entry.nbytes for entry in entries) + nbytes
+            budget = self.num_bytes - (self._max_bytes or 0)
             over = budget if self._max_bytes is not None else 0
             short = nbytes + self._min_free_bytes - self.free_bytes()
             if short > 0:
@@ -267,6 +270,8 @@ class Store:
                     break
                 if entry.digest not in leased:
                     self._discard(entry.digest)
+                    self.num_evicted += 1
+                    self.num_bytes -= entry.nbytes
                     over, short = over - entry.nbytes, short - entry.nbytes
         self._empty_trash()
         if over > 0:
@@ -310,6 +315,7 @@ class Store:
                 record = self.record(path.stem)
                 if record is None or not self._folder(record.digest).exists():
                     path.unlink(missing_ok=True)
+            self.num_bytes = sum(entry.nbytes for entry in self._entries())
         self._empty_trash()
 
     def _drop_dead_sessions(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from loramux.engine.background import step_back
-from loramux.engine.errors import AdapterIncompatible, InvalidRequest
+from loramux.engine.errors import AdapterIncompatible, InvalidRequest, LoramuxError, ModelNotFound
 from loramux.engine.types import AdapterSpec
 from loramux.resolvers.base import FetchedAdapter, PinnedSource, Progress, ProgressCallback, SourceFetcher
 from loramux.resolvers.chain import ResolverChain
@@ -18,9 +18,11 @@ from loramux.resolvers.uri import parse_uri
 from loramux.server.adapter_copies import EngineCopies
 from loramux.server.adapter_events import AdapterEvents
 from loramux.server.adapter_orders import IfLoaded, Loaded, LoadOrder, Outcome
+from loramux.server.adapter_upload import SHOWN_SOURCE
 from loramux.server.adapters import AdapterState, AdapterTable, Origin
-from loramux.server.errors import AdapterConflict
+from loramux.server.errors import AdapterConflict, lookup
 from loramux.server.journal import Journal, JournalEntry
+from loramux.server.observe.adapter_metrics import AdapterMetrics, LoadWatch
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class BringUp:
         self.fetcher = fetcher
         self.chain = chain
         self.journal = journal
+        self.metrics = AdapterMetrics(0)  # where loads are counted
         self._inspect = inspect
         self._threads = ThreadPoolExecutor(
             _PARALLEL_INSPECTIONS, thread_name_prefix="inspect", initializer=step_back
@@ -81,13 +84,28 @@ class BringUp:
             AdapterConflict: the name stands for other content, and the order does not want to replace it.
             LoramuxError: it cannot be had, or not be served. The name stays what it was.
         """
+        watch = LoadWatch(self.metrics)
+        try:
+            loaded = await self._run(order, watch)
+        except BaseException as error:
+            if not isinstance(error, ModelNotFound):  # a name that nobody knows is no load
+                watch.end("failed")
+            raise
+        watch.end(loaded.outcome.value)
+        return loaded
+
+    async def _run(self, order: LoadOrder, watch: LoadWatch) -> Loaded:
+        watch.enter("resolve")
         source = order.source or await self._resolve(order.name)
+        watch.found(str(parse_uri(source)), is_upload=order.shown_source == SHOWN_SOURCE)
         shown = order.shown_source or PinnedSource(str(parse_uri(source))).public
         self.table.begin(order.name, shown)
         self.events.moved(order.name, AdapterState.RESOLVING, shown)
-        fetched = await self.fetch(source, progress=partial(self._progress, order.name, shown))
+        fetched = await self.fetch(source, progress=partial(self._progress, order.name, shown, watch))
         try:
+            watch.enter("verify")
             spec = await self.inspect(fetched, order)
+            watch.enter(None)
             outcome = self._check_against_current(order, spec)
         except BaseException:
             fetched.lease.release()
@@ -106,7 +124,11 @@ class BringUp:
         return await self.fetcher.fetch(source, progress=progress)
 
     async def _resolve(self, name: str) -> str:
-        resolution = await self.chain.resolve(name) if self.chain is not None else None
+        try:
+            resolution = await self.chain.resolve(name) if self.chain is not None else None
+        except LoramuxError as error:
+            self.metrics.resolver_errors.add(lookup(error).code)
+            raise
         if resolution is None:
             raise self.table.not_found(name)
         logger.info("adapter %r: resolver %s found %s", name, resolution.resolver, resolution.uri)
@@ -194,7 +216,8 @@ class BringUp:
             self.events.draining(old, leases)
         return Loaded(ref, outcome)
 
-    def _progress(self, name: str, shown: str, progress: Progress) -> None:
+    def _progress(self, name: str, shown: str, watch: LoadWatch, progress: Progress) -> None:
+        watch.progressed(progress.phase)
         state = AdapterState(progress.phase)
         if self.table.advance(name, state, done=progress.done_bytes, total=progress.total_bytes):
             self.events.moved(name, state, shown)

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from loramux.engine.errors import LoramuxError
+from loramux.resolvers.sources import Sources
 from loramux.server import errors
 from loramux.server.access.access import DENIALS, Access
 from loramux.server.access.caller import SCOPES
@@ -30,12 +31,14 @@ from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.generation import Generator
 from loramux.server.generation_config import read_generation_config
 from loramux.server.observe.metrics import Metrics
-from loramux.server.observe.observer import Observer, ObserveLayer
+from loramux.server.observe.observer import ObserveLayer, Observer
 from loramux.server.observe.request_log import RequestLog
+from loramux.server.openapi import install_openapi
 from loramux.server.prompts import PromptBuilder
 from loramux.server.routes import adapters, chat, completions, health, lora, metrics, models, tokenize
 from loramux.server.services import Services
 from loramux.server.tokenizer import Tokenizer
+from loramux.server.tool_use import ToolDesk
 from loramux.version import __version__
 
 
@@ -87,6 +90,7 @@ def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Servic
         manager=manager,
         uploads=uploads,
         access=access,
+        tools=ToolDesk(server.tools, source, tokenizer, server.limits),
         observer=_build_observer(config, engine, manager, admission),
         desired=desired,
         sampling_defaults=written.defaults,
@@ -109,8 +113,10 @@ def _build_observer(
         model_name=config.server.served_model_names[0],
         max_adapters=config.observe.metrics_max_adapters,
         rejections=admission.rejections,
+        store=manager.bring_up.fetcher.store if isinstance(manager.bring_up.fetcher, Sources) else None,
     )
     engine.on_stats = metrics.engine.take
+    manager.bring_up.metrics = metrics.adapters
     log = RequestLog(access_lines=config.observe.access_lines, quiet_paths=config.observe.quiet_paths)
     return Observer(metrics, log)
 
@@ -158,6 +164,7 @@ def build_app(services: Services) -> FastAPI:
     for denial in DENIALS:
         app.add_exception_handler(denial, services.access.handle_denial)
     _add_layers(app, server, services)
+    install_openapi(app, services, app.state.route_table)
     return app
 
 

@@ -50,10 +50,10 @@ class AdapterMetrics:
 
     def add(self, call: CallRecord) -> None:
         """Count a request that is over."""
-        if call.adapter_wait_s is not None:
-            self.lease_wait_s.observe(call.adapter_wait_s)
         if call.adapter is None or not call.sequences:
             return
+        if call.adapter_wait_s is not None:
+            self.lease_wait_s.observe(call.adapter_wait_s)
         first_s = call.first_token_s
         use = self.uses.of(call.adapter)
         use.num_requests += 1
@@ -134,10 +134,15 @@ class LoadWatch:
             self._metrics.phases_s[self._phase].observe(now_s - self._began_s)
         self._phase, self._began_s = phase, now_s
 
-    def found(self, uri: str) -> None:
+    def progressed(self, phase: str) -> None:
+        """The source told how far it is."""
+        if phase == "downloading" and self._phase == "resolve":
+            self.enter("download")
+
+    def found(self, uri: str, *, is_upload: bool) -> None:
         """Where the adapter comes from is known."""
         scheme = uri.partition(":")[0]
-        self.source = scheme if scheme in SOURCES else "file"
+        self.source = "upload" if is_upload else scheme if scheme in SOURCES else "file"
 
     def end(self, result: str) -> None:
         """The load is over."""

@@ -11,7 +11,7 @@ from typing import Final
 
 from loramux.engine.config import EngineConfig
 from loramux.engine.types import MOVE_S_BOUNDS, STEP_TOKENS_BOUNDS, Distribution, EngineInfo, EngineStats
-from loramux.server.observe.series import Families, Family, Histogram, LabelledCounter
+from loramux.server.observe.series import Families, Family, Histogram
 
 _DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -24,7 +24,8 @@ class EngineMetrics:
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self.evictions = LabelledCounter(["tier", "reason"], [("device", "capacity"), ("host", "capacity")])
+        self.device_evictions = 0
+        self.host_evictions = 0
         self.step_tokens = Histogram(STEP_TOKENS_BOUNDS)
         self.host_load_s = Histogram(MOVE_S_BOUNDS)
         self.device_load_s = Histogram(MOVE_S_BOUNDS)
@@ -35,8 +36,8 @@ class EngineMetrics:
         self.num_preemptions += now.num_preemptions - last.num_preemptions
         self.prefix_queries += now.prefix_cache_queries - last.prefix_cache_queries
         self.prefix_hits += now.prefix_cache_hits - last.prefix_cache_hits
-        self.evictions.add("device", "capacity", by=now.device_evictions - last.device_evictions)
-        self.evictions.add("host", "capacity", by=now.host_evictions - last.host_evictions)
+        self.device_evictions += now.device_evictions - last.device_evictions
+        self.host_evictions += now.host_evictions - last.host_evictions
         _add(self.step_tokens, now.step_tokens, last.step_tokens)
         _add(self.host_load_s, now.host_load_s, last.host_load_s)
         _add(self.device_load_s, now.device_load_s, last.device_load_s)
@@ -75,9 +76,6 @@ class EngineMetrics:
         )
         yield make.counter("vllm:prefix_cache_hits", "Tokens found there.", self.prefix_hits)
         yield make.histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", self.step_tokens)
-        yield plain.counters(
-            "loramux:adapter_evictions", "Adapters that lost their place in a tier.", self.evictions
-        )
         yield plain.gauge("loramux:engine_up", "1 while the engine serves requests.", float(is_alive))
         yield plain.gauge("loramux:lanes_used", "Rank lanes that hold adapters.", now.lanes_used)
         yield plain.gauge("loramux:lanes", "Rank lanes in all.", info.num_lanes)

@@ -34,7 +34,7 @@ def collect_adapters(
         stats: the engine's last snapshot.
         max_loras: how many adapters the lanes are made for; 0 without LoRA.
     """
-    running, waiting = names_in_use(calls, stats)
+    running, waiting = names_in_use(calls, stats, table)
     yield plain.gauges(
         "vllm:lora_requests_info",
         "Adapters with running and with waiting requests; the value is the time in Unix seconds.",
@@ -71,18 +71,20 @@ def collect_adapters(
     )
 
 
-def names_in_use(calls: Iterable[CallRecord], stats: EngineStats) -> tuple[set[str], set[str]]:
+def names_in_use(
+    calls: Iterable[CallRecord], stats: EngineStats, table: AdapterTable
+) -> tuple[set[str], set[str]]:
     """The names of adapters with running requests, and of those with waiting ones.
 
     A request runs from its first token on, or as soon as the engine says that its content runs and none
-    of it waits; before, also while its adapter is being loaded, it waits.
+    of it waits; before, also while its adapter is being loaded, it waits. Unknown names are left out.
     """
     in_batch, in_queue = set(stats.running_adapters), set(stats.waiting_adapters)
     running: set[str] = set()
     waiting: set[str] = set()
     for call in calls:
         if call.adapter is None:
-            if call.waits_for is not None:
+            if call.waits_for is not None and table.row(call.waits_for) is not None:
                 waiting.add(call.waits_for)
             continue
         digest = call.adapter_digest

@@ -43,6 +43,13 @@ class EngineView(Protocol):
         ...
 
 
+class StoreView(Protocol):
+    """What is asked of the local store at a scrape."""
+
+    num_evicted: int
+    num_bytes: int
+
+
 class Metrics(Collector):
     """Counts, and makes the page.
 
@@ -53,6 +60,7 @@ class Metrics(Collector):
         model_name: the first served name.
         max_adapters: adapters with counts of their own.
         rejections: calls that were turned away, by reason; read at every scrape.
+        store: adapters on the disk; None without LoRA.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Metrics(Collector):
         model_name: str,
         max_adapters: int,
         rejections: Mapping[str, int],
+        store: StoreView | None = None,
     ) -> None:
         self.requests = RequestMetrics(engine.info.max_model_len)
         self.engine = EngineMetrics()
@@ -75,6 +84,7 @@ class Metrics(Collector):
         self._table = table
         self._model_name = model_name
         self._rejections = rejections
+        self._store = store
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -95,6 +105,7 @@ class Metrics(Collector):
         plain = Families()
         is_alive, info = self._engine.is_alive, self._engine.info
         yield from self.engine.collect(make, plain, self._config, info, is_alive=is_alive)
+        yield self._evictions(plain)
         yield from self.requests.collect(make)
         yield from collect_adapters(
             make,
@@ -111,6 +122,7 @@ class Metrics(Collector):
             "Bytes of adapters by tier.",
             ["tier"],
             [
+                (("disk",), self._store.num_bytes if self._store else 0),
                 (("host",), engine.last.host_bytes if is_alive else 0),
                 (("device",), engine.device_bytes(info) if is_alive else 0),
             ],
@@ -120,6 +132,15 @@ class Metrics(Collector):
         )
         yield from self._turned_away(plain)
         yield from self.http.collect(plain)
+
+    def _evictions(self, plain: Families) -> Family:
+        evictions = LabelledCounter(["tier", "reason"])
+        evictions.add("device", "capacity", by=self.engine.device_evictions)
+        evictions.add("host", "capacity", by=self.engine.host_evictions)
+        evictions.add("disk", "capacity", by=self._store.num_evicted if self._store else 0)
+        return plain.counters(
+            "loramux:adapter_evictions", "Adapters that lost their place in a tier.", evictions
+        )
 
     def _turned_away(self, plain: Families) -> Iterator[Family]:
         reasons = LabelledCounter(["reason"])
