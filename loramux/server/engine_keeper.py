@@ -1,8 +1,8 @@
 """Keeps an engine running: when its process ends or hangs, another one takes its place.
 
-    up ──(process ended, or watchdog)──► down ──► starting ──► up         the engines before it finished work
+    up ──(process ended, or watchdog)──► down ──► starting ──► up
                                            ▲          │
-                                           └──(fails)─┴──► given up       `max_restarts` in a row finished none
+                                           └──(fails)─┴──► given up: `max_restarts` in a row finished nothing
 
 Whatever runs in an engine that is lost fails with `EngineDead`, once; nothing of it is tried again,
 because a request may be what killed the engine. What is asked meanwhile waits a moment for the next
@@ -278,7 +278,7 @@ class EngineKeeper:
             await self._restore(client)
         except (LoramuxError, TimeoutError) as error:
             why = error.message if isinstance(error, LoramuxError) else "it took too long"
-            logger.error("the engine could not be started again: %s", why)  # noqa: TRY400 - the reason says it
+            logger.error("the engine could not be started again: %s", why)
             client.abandon(why)
             await client.stop()
             self._starting = None

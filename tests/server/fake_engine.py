@@ -5,10 +5,12 @@ upper case, a seed puts `SEED:` in front. Words in the prompt ask for trouble:
 
     !slow     one token each 10 ms, without end        !crash    the process kills itself
     !stuck    no output at all                         !refuse   the request fails
+    !salt     the answer is the request's cache salt
 
 and so does the base model that an adapter's config names:
 
     !stuck    the load never ends                      !refuse   the load fails
+    !crash    the process kills itself
     !stuck-once   it never ends, if the model's folder has a file `stuck-once`, which is deleted
 """
 
@@ -82,6 +84,8 @@ class FakeEngine:
                 if spec.base_model == "!stuck-once" and once.exists():
                     once.unlink()
                     return []
+                if spec.base_model == "!crash":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 if spec.base_model == "!refuse":
                     return [messages.Reply(call_id, "AdapterIncompatible", "refused", "r")]
                 self._digests[spec.digest] = spec.nbytes
@@ -180,6 +184,8 @@ def _text(request: Request) -> str:
 
 def _wanted(request: Request) -> list[int]:
     data = bytes(token for token in request.prompt_token_ids if token < 256) or b"."
+    if b"!salt" in data:
+        data = repr(request.cache_salt).encode()
     if request.adapter is not None:
         data = data.upper()
     if request.sampling.seed is not None:
