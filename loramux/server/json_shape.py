@@ -25,17 +25,20 @@ def check_shape(text: bytes, limits: Limits) -> None:
         InvalidRequest: names what was found, the limit and the flag.
     """
     opens = text.count(b"[") + text.count(b"{")
-    quotes = text.count(b'"')
-    weight = text.count(b",") + _CONTAINER_WEIGHT * opens + _STRING_WEIGHT * quotes // 2
+    weight = _weight(text.count(b","), text.count(b'"') // 2, opens)
     if weight <= limits.json_values and opens <= limits.json_depth:
         return  # even if every one of these bytes is JSON's own, and none part of a string
     outside, strings = _without_strings(text, limits)
     opens = outside.count(b"[") + outside.count(b"{")
-    weight = outside.count(b",") + _CONTAINER_WEIGHT * opens + _STRING_WEIGHT * strings
-    if weight > limits.json_values:
+    if _weight(outside.count(b","), strings, opens) > limits.json_values:
         raise _too_many(limits)
     if opens > limits.json_depth:
         _check_depth(outside, limits.json_depth)
+
+
+def _weight(commas: int, strings: int, containers: int) -> int:
+    """A comma stands for each value but the first."""
+    return commas + 1 + (_STRING_WEIGHT - 1) * strings + (_CONTAINER_WEIGHT - 1) * containers
 
 
 def _without_strings(text: bytes, limits: Limits) -> tuple[bytes, int]:
@@ -43,7 +46,7 @@ def _without_strings(text: bytes, limits: Limits) -> tuple[bytes, int]:
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     quotes = text.count(b'"')
-    if _STRING_WEIGHT * quotes // 2 > limits.json_values:
+    if _weight(0, quotes // 2, 0) > limits.json_values:
         raise _too_many(limits)
     return b"".join(text.split(b'"')[::2]), quotes // 2
 

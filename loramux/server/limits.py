@@ -17,6 +17,8 @@ class Limits:
     json_depth: int = 128  # --max-json-depth: lists and objects inside each other
     json_values: int = 1 << 20  # --max-json-values: a string counts 4, a list or object 16
     messages: int = 2048  # --max-messages: of a chat
+    tools: int = 128  # --max-tools: of a chat
+    tools_bytes: int = 1 << 20  # --max-tools-bytes: of their JSON
     prompts: int = 1024  # --max-prompts: of a completion call
     prompt_tokens: int = 1 << 20  # --max-prompt-tokens: of all prompts of a call
     n: int = 128  # --max-n: choices a prompt
@@ -28,6 +30,11 @@ class Limits:
     logprobs: int = 20  # --max-logprobs: alternatives a token
     logprob_token_ids: int = 128  # --max-logprob-token-ids
     chat_template_bytes: int = 64 << 10  # --max-chat-template-bytes: of a request's own template
+    schema_bytes: int = 64 << 10  # --max-schema-bytes: a JSON schema, a grammar, all choices
+    schema_depth: int = 64  # --max-schema-depth: lists and objects inside each other in a schema
+    regex_bytes: int = 8 << 10  # --max-regex-bytes
+    choices: int = 1024  # --max-choices: of structured_outputs
+    grammars_in_flight: int = 64  # --max-grammars-in-flight: compiled for the first time, together
     string_chars: int = 1024  # --max-string-chars: of one stop string or bad word
 
 
@@ -52,6 +59,7 @@ def check_field_sizes(body: Mapping[str, Any], limits: Limits) -> None:
     """
     counted = (
         ("messages", limits.messages, "--max-messages"),
+        ("tools", limits.tools, "--max-tools"),
         ("stop", limits.stop, "--max-stop"),
         ("stop_token_ids", limits.stop_token_ids, "--max-stop-token-ids"),
         ("logit_bias", limits.logit_bias, "--max-logit-bias"),
