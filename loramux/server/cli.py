@@ -1,4 +1,4 @@
-"""The `loramux` command: `serve`, `fetch`, `doctor` and `bench`.
+"""The `loramux` command: `serve`, `fetch`, `doctor`, `keys` and `bench`.
 
 Imports happen where they are used, so that `--help` and `--version` answer at once.
 """
@@ -17,6 +17,7 @@ usage: loramux COMMAND ...
   serve MODEL   serve a model and its LoRA adapters (loramux serve --help)
   fetch URI...  bring adapters into the local store (loramux fetch --help)
   doctor URI    say whether an adapter fits a base model (loramux doctor --help)
+  keys new      make an entry for serve --api-keys-file (loramux keys --help)
   bench         measure an OpenAI-compatible server (loramux bench --help)
 
   --version     print the version
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run = adapter_commands.fetch if command == "fetch" else adapter_commands.doctor
         return run(words[1:])
+    if command == "keys":
+        from loramux.server.access import key_command
+
+        return key_command.main(words[1:])
     if command in ("--version", "-V"):
         print(f"loramux {__version__}")
         return 0

@@ -30,7 +30,15 @@ import zmq
 from loramux.engine import messages
 from loramux.engine.config import EngineConfig
 from loramux.engine.messages import FromEngine, ToEngine
-from loramux.engine.types import EngineInfo, EngineStats, FreedMemory, Request, SequenceOutput, TokenLogprobs
+from loramux.engine.types import (
+    EngineInfo,
+    EngineStats,
+    FreedMemory,
+    Request,
+    SequenceOutput,
+    TokenLogprobs,
+    TokenSampling,
+)
 from tests.adapter_files import llama_sites
 from tests.server.tiny_text import EOS, VOCAB_SIZE
 
@@ -152,7 +160,7 @@ class FakeEngine:
             reason,
             stop_reason,
             num_cached_tokens=16 if is_first and len(request.prompt_token_ids) > 16 else 0,
-            logprobs=None if sampling.logprobs is None else [_logprobs(token, sampling.logprobs)],
+            logprobs=None if sampling.logprobs is None else [_with_named(token, sampling)],
             prompt_logprobs=_prompt_logprobs(request) if is_first else None,
         )
 
@@ -198,6 +206,13 @@ def _logprobs(token: int, top: int) -> TokenLogprobs:
     neighbours = [(token + step) % VOCAB_SIZE for step in range(top)]
     values = [-math.inf if step == 2 else -0.5 - step for step in range(top)]
     return TokenLogprobs([token, *neighbours], [-0.5, *values], 1)
+
+
+def _with_named(token: int, sampling: TokenSampling) -> TokenLogprobs:
+    """The same, with the tokens that the request names at -8."""
+    found = _logprobs(token, sampling.logprobs or 0)
+    named = [id_ for id_ in sampling.logprob_token_ids if id_ not in found.token_ids[1:]]
+    return TokenLogprobs([*found.token_ids, *named], [*found.logprobs, *(-8.0 for _ in named)], 1)
 
 
 def _prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:

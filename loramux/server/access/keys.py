@@ -139,79 +139,89 @@ def read_keys(path: Path) -> tuple[KeyEntry, ...]:
         InvalidConfig: it cannot be read, holds no key, or an entry is wrong. Never shows a value that
             could be a key.
     """
+    where = f"{FLAG} {path}"
     try:
         status = path.stat()
         if status.st_size > _MAX_BYTES:
-            raise _wrong(path, f"has more than {_MAX_BYTES} bytes")
+            raise _wrong(f"{where} has more than {_MAX_BYTES} bytes")
         content = msgspec.yaml.decode(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise _wrong(path, getattr(error, "strerror", None) or "is not UTF-8") from error
-    except msgspec.DecodeError as error:  # its text may quote the file
-        raise _wrong(path, "is not valid YAML") from error
+        raise _wrong(f"{where}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
+    except msgspec.DecodeError:  # its text may quote the file
+        raise _wrong(f"{where} is not valid YAML") from None
     if status.st_mode & 0o004:
-        logger.warning("%s %s can be read by every user of this machine; chmod 600 it", FLAG, path)
+        logger.warning("%s can be read by every user of this machine; chmod 600 it", where)
     if not isinstance(content, dict) or not isinstance(content.get("keys"), list) or not content["keys"]:
-        raise _wrong(path, "must hold `keys:` with a list of at least one key")
-    _check_fields(path, "", content, ("keys",))
-    entries = tuple(_entry(path, number, value) for number, value in enumerate(content["keys"], 1))
+        raise _wrong(f"{where} must hold `keys:` with a list of at least one key")
+    _check_fields(where, content, ("keys",))
+    entries = tuple(
+        check_entry(f"{where}: key {number}", value) for number, value in enumerate(content["keys"], 1)
+    )
     _refuse_repeats(entries)
     return entries
 
 
-def _wrong(path: Path, problem: str) -> InvalidConfig:
-    return InvalidConfig(f"{FLAG} {path} {problem}", param=FLAG)
+def _wrong(problem: str) -> InvalidConfig:
+    return InvalidConfig(problem, param=FLAG)
 
 
-def _entry(path: Path, number: int, value: object) -> KeyEntry:
-    where = f": key {number}"
+def check_entry(where: str, value: object) -> KeyEntry:
+    """One entry, taken apart.
+
+    Args:
+        where: what to call it in an error.
+        value: what stands there.
+
+    Raises:
+        InvalidConfig: a field is unknown, missing or wrong.
+    """
     if not isinstance(value, dict):
-        raise _wrong(path, f"{where} must be a mapping with id, sha256 and scopes")
-    _check_fields(path, where, value, KeyEntry.__struct_fields__)
+        raise _wrong(f"{where} must be a mapping with id, sha256 and scopes")
+    _check_fields(where, value, KeyEntry.__struct_fields__)
     if isinstance(value.get("limits"), dict):
-        _check_fields(path, f"{where}, limits", value["limits"], KeyLimits.__struct_fields__)
+        _check_fields(f"{where}, limits", value["limits"], KeyLimits.__struct_fields__)
     digest = _DIGEST.fullmatch(value["sha256"]) if isinstance(value.get("sha256"), str) else None
     if digest is None:
-        raise _wrong(path, f"{where}: sha256 must be the 64 hex digits of the key's sha256, never the key")
+        raise _wrong(f"{where}: sha256 must be the 64 hex digits of the key's sha256, never the key")
     try:
         entry = msgspec.convert({**value, "sha256": digest[1].lower()}, KeyEntry)
     except msgspec.ValidationError as error:
-        raise _wrong(path, f"{where}: {error}") from error
-    _check_entry(path, where, entry)
+        raise _wrong(f"{where}: {error}") from error
+    _check_values(where, entry)
     return entry
 
 
-def _check_fields(path: Path, where: str, value: Mapping[Any, Any], known: Collection[str]) -> None:
+def _check_fields(where: str, value: Mapping[Any, Any], known: Collection[str]) -> None:
     for name in map(str, value):
         if name in known:
             continue
         if name.lower() in _PLAIN:
-            raise _wrong(path, f"{where} holds {name!r}: keys are never written down, give sha256 instead")
+            raise _wrong(f"{where} holds {name!r}: keys are never written down, give sha256 instead")
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise _wrong(path, f"{where} has the unknown field {name[:64]!r}; {hint}")
+        raise _wrong(f"{where} has the unknown field {name[:64]!r}; {hint}")
 
 
-def _check_entry(path: Path, where: str, entry: KeyEntry) -> None:
+def _check_values(where: str, entry: KeyEntry) -> None:
     if not _ID.fullmatch(entry.id) or entry.id.startswith(_RESERVED):
         raise _wrong(
-            path,
             f"{where}: id must be 1 to 64 of the characters A-Z a-z 0-9 . _ @ : / - and not begin with"
-            f" {_RESERVED!r}, got {entry.id[:64]!r}",
+            f" {_RESERVED!r}, got {entry.id[:64]!r}"
         )
-    where = f": key {entry.id!r}"
+    where = f"{where} ({entry.id})"
     for scope in entry.scopes:
         if scope not in SCOPES:
             near = difflib.get_close_matches(scope, SCOPES, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SCOPES)}"
-            raise _wrong(path, f"{where} has the unknown scope {scope[:64]!r}; {hint}")
+            raise _wrong(f"{where} has the unknown scope {scope[:64]!r}; {hint}")
     if not entry.scopes:
-        raise _wrong(path, f"{where} must have at least one scope of {', '.join(SCOPES)}")
+        raise _wrong(f"{where} must have at least one scope of {', '.join(SCOPES)}")
     if len(entry.cache_salt) > 128 or not entry.cache_salt.isprintable():
-        raise _wrong(path, f"{where}: cache_salt must be at most 128 printable characters")
+        raise _wrong(f"{where}: cache_salt must be at most 128 printable characters")
     for name in KeyLimits.__struct_fields__:
         limit = getattr(entry.limits, name)
         if limit is not None and limit < 1:
-            raise _wrong(path, f"{where}: {name} must be at least 1, got {limit}")
+            raise _wrong(f"{where}: {name} must be at least 1, got {limit}")
 
 
 def _refuse_repeats(entries: Sequence[KeyEntry]) -> None:
