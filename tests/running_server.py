@@ -49,6 +49,7 @@ class RunningServer:
             start_new_session=True,
         )
         self.lines: list[str] = []  # of stderr
+        self._grew = threading.Condition()  # there is another line
         self.url = ""
         self._ready: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -64,6 +65,12 @@ class RunningServer:
         url = self._ready.get(timeout=_START_TIMEOUT_S)
         assert url is not None, f"the server ended:\n{self.stderr}"
         self.url = url
+
+    def wait_line(self, text: str, timeout_s: float = 30.0) -> None:
+        """Block until some line of stderr holds `text`."""
+        with self._grew:
+            found = self._grew.wait_for(lambda: any(text in line for line in self.lines), timeout_s)
+        assert found, f"no line with {text!r}:\n{self.stderr}"
 
     def wait_ended(self, timeout_s: float = 60.0) -> int:
         """The exit code of a process that ends by itself."""
@@ -102,7 +109,9 @@ class RunningServer:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.lines.append(line)
+            with self._grew:
+                self.lines.append(line)
+                self._grew.notify_all()
             if match := _READY.search(line):
                 self._ready.put(match[1])
         self._ready.put(None)

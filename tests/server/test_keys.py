@@ -184,7 +184,11 @@ def test_command_makes_a_key_and_the_entry_that_fits(
     caller = KeyRing([], read_keys(path)).find(key.encode())
     assert code == 0
     assert caller is not None
-    assert (caller.key_id, caller.scopes, caller.adapters) == ("team-a", {"inference", "admin"}, ("a/*",))
+    assert (caller.key_id, caller.scopes, caller.adapters) == (
+        "team-a",
+        frozenset({"inference", "admin"}),
+        ("a/*",),
+    )
     assert len(key) >= 43
 
 
