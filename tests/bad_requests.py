@@ -129,6 +129,8 @@ BAD_BODIES: Final[list[tuple[bytes, str, list[str]]]] = [
     (b"[1]", "application/json", ["object", "list"]),
     (b'"text"', "application/json", ["object", "string"]),
     (b"null", "application/json", ["object", "null"]),
+    (b'{"prompt": "a", "prompt": "b"}', "application/json", ["'prompt'", "twice"]),
+    (b'{"prompt": "a", "x": [{"y": 1, "y": 2}]}', "application/json", ["'y'", "twice"]),
     (b'{"prompt": "a", "temperature": NaN}', "application/json", ["not valid JSON"]),
     (b'{"prompt": "a", "temperature": Infinity}', "application/json", ["not valid JSON"]),
     (b'{"prompt": "a", "temperature": 1e999}', "application/json", ["not valid JSON"]),

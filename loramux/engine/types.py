@@ -14,8 +14,9 @@ import msgspec
 class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
     """What an output must look like; compiled in the engine, off the step loop."""
 
-    kind: Literal["json_schema", "regex", "lark"]
-    text: str  # the schema as JSON text, a regular expression, or a grammar in llguidance's Lark
+    kind: Literal["json_schema", "regex", "lark", "ebnf"]
+    # The schema as JSON text; a regular expression; a grammar in llguidance's Lark; one in Lark or GBNF.
+    text: str
 
 
 class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +41,7 @@ class TokenSampling(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int] = []  # end the sequence with stop_reason None; empty under ignore_eos
     stop_token_ids: list[int] = []  # end the sequence with the id as stop_reason
     logprobs: int | None = None  # top-k alternatives beside the sampled token; None = off
+    logprob_token_ids: list[int] = []  # further ones, whatever their rank; after the top-k
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     grammar: GrammarSpec | None = None  # only tokens that it allows are sampled
 
@@ -90,6 +92,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     logprobs: list[TokenLogprobs] | None = None  # one a new token, when asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, when asked for
+    last_is_text: bool = False  # "stop" because a grammar is complete: the last token belongs to the text
     timing: SequenceTiming | None = None  # with the first token and with the last
 
 

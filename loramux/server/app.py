@@ -30,15 +30,18 @@ from loramux.server.edge import EdgeLayer
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.generation import Generator
 from loramux.server.generation_config import read_generation_config
+from loramux.server.grammar_checker import GrammarChecker
 from loramux.server.observe.metrics import Metrics
 from loramux.server.observe.observer import ObserveLayer, Observer
 from loramux.server.observe.request_log import RequestLog
+from loramux.server.observe.span_sink import open_span_sink
 from loramux.server.openapi import install_openapi
 from loramux.server.prompts import PromptBuilder
 from loramux.server.routes import adapters, chat, completions, health, lora, metrics, models, tokenize
 from loramux.server.services import Services
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_use import ToolDesk
+from loramux.server.trailing_slash import TrailingSlashLayer
 from loramux.version import __version__
 
 
@@ -91,6 +94,9 @@ def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Servic
         uploads=uploads,
         access=access,
         tools=ToolDesk(server.tools, source, tokenizer, server.limits),
+        grammars=GrammarChecker(
+            tokenizer_folder, limits=server.limits, timeout_s=config.engine.grammar_compile_timeout_s
+        ),
         observer=_build_observer(config, engine, manager, admission),
         desired=desired,
         sampling_defaults=written.defaults,
@@ -117,8 +123,18 @@ def _build_observer(
     )
     engine.on_stats = metrics.engine.take
     manager.bring_up.metrics = metrics.adapters
-    log = RequestLog(access_lines=config.observe.access_lines, quiet_paths=config.observe.quiet_paths)
-    return Observer(metrics, log)
+    observe = config.observe
+    return Observer(
+        metrics,
+        RequestLog(
+            access_lines=observe.access_lines,
+            quiet_paths=observe.quiet_paths,
+            max_chars=observe.max_log_chars,
+        ),
+        spans=open_span_sink(observe.otlp_endpoint),
+        keeps_prompts=observe.log_requests,
+        keeps_outputs=observe.log_outputs,
+    )
 
 
 def _build_adapters(
@@ -175,6 +191,7 @@ def _add_layers(app: FastAPI, server: ServerConfig, services: Services) -> None:
     app.add_middleware(HeadLayer)
     app.add_middleware(AccessLayer, keys=access.keys, routes=routes, audit=access.audit)
     app.add_middleware(DrainLayer, drain=services.drain)
+    app.add_middleware(TrailingSlashLayer)
     app.add_middleware(EdgeLayer)
     app.add_middleware(ObserveLayer, observer=services.observer)
     if server.allowed_origins:

@@ -14,8 +14,10 @@ from loramux.server import sse
 from loramux.server.adapters import fingerprint
 from loramux.server.choice import Delta
 from loramux.server.generation import Call
-from loramux.server.logprobs import completion_logprobs, prompt_logprobs
-from loramux.server.schemas.common import UNSET, UnsetType, Usage
+from loramux.server.logprobs import best, completion_logprobs, num_chars, prompt_logprobs
+from loramux.server.observe.call_record import current_call
+from loramux.server.request_metrics import request_metrics
+from loramux.server.schemas.common import UNSET, PromptLogprobs, RequestMetrics, UnsetType, Usage
 from loramux.server.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -35,16 +37,25 @@ class CompletionAnswer:
         model: the name to show.
         answer_id: "cmpl-...".
         tokenizer: for echoed ids and log-probabilities.
+        with_metrics: show the times of the request.
     """
 
     def __init__(
-        self, body: CompletionRequest, call: Call, *, model: str, answer_id: str, tokenizer: Tokenizer
+        self,
+        body: CompletionRequest,
+        call: Call,
+        *,
+        model: str,
+        answer_id: str,
+        tokenizer: Tokenizer,
+        with_metrics: bool = False,
     ) -> None:
         self._body = body
         self._call = call
         self._tokenizer = tokenizer
         self._prompt_only = body.echo and body.max_tokens == 0
-        self._shown: dict[int, int] = {}  # choice -> characters of its text so far
+        self._with_metrics = with_metrics
+        self._offsets: dict[int, int] = {}  # choice -> characters that its tokens so far begin
         self._usage = UsageCounter(call)
         self._frame = Completion(
             id=answer_id,
@@ -61,8 +72,9 @@ class CompletionAnswer:
             shown = self._cut(delta)
             self._usage.add(shown)
             choices.append(self._choice(shown))
-        usage = self._usage.total()
-        return msgspec.json.encode(msgspec.structs.replace(self._frame, choices=choices, usage=usage))
+        usage, metrics = self._usage.total(), self._metrics()
+        answer = msgspec.structs.replace(self._frame, choices=choices, usage=usage, metrics=metrics)
+        return msgspec.json.encode(answer)
 
     async def events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         """The event stream; closes `deltas`."""
@@ -78,11 +90,19 @@ class CompletionAnswer:
                 usage = self._usage.total() if continuous else (None if with_usage else UNSET)
                 yield self._event([self._choice(delta)], usage)
         if with_usage:
-            yield self._event([], self._usage.total())
+            yield self._event([], self._usage.total(), self._metrics())
         yield sse.DONE
 
-    def _event(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
-        frame = msgspec.structs.replace(self._frame, choices=choices, usage=usage)
+    def _metrics(self) -> RequestMetrics | UnsetType | None:
+        return request_metrics(current_call()) if self._with_metrics else UNSET
+
+    def _event(
+        self,
+        choices: list[CompletionChoice],
+        usage: Usage | UnsetType | None,
+        metrics: RequestMetrics | UnsetType | None = UNSET,
+    ) -> bytes:
+        frame = msgspec.structs.replace(self._frame, choices=choices, usage=usage, metrics=metrics)
         return sse.event(msgspec.json.encode(frame))
 
     def _cut(self, delta: Delta) -> Delta:
@@ -94,46 +114,49 @@ class CompletionAnswer:
     def _is_silent(self, delta: Delta) -> bool:
         """Whether a delta shows nothing: its text is held back and nobody asked for its tokens."""
         asked = self._body.logprobs is not None or self._body.return_token_ids
-        is_first_echo = self._body.echo and delta.index not in self._shown
+        is_first_echo = self._body.echo and delta.index not in self._offsets
         return not (delta.text or delta.finish_reason or asked or is_first_echo)
 
     def _choice(self, delta: Delta) -> CompletionChoice:
         """The next piece of a choice; the first one begins with the echo."""
-        is_first = delta.index not in self._shown
+        is_first = delta.index not in self._offsets
         prompt = self._call.prompt_of(delta.index)
-        start = self._shown.get(delta.index, 0)
         text, token_ids, positions = delta.text, delta.token_ids, list[TokenLogprobs | None](delta.logprobs)
         if is_first and self._body.echo:
             text = self._echo(delta.index) + text
             token_ids = [*prompt.token_ids, *token_ids]
-            positions = [*(delta.prompt_logprobs or []), *positions]
-        self._shown[delta.index] = start + len(text)
+            asked = self._body.logprobs or 0
+            positions = [*(best(position, asked) for position in delta.prompt_logprobs or ()), *positions]
         return CompletionChoice(
             index=delta.index,
             text=text,
-            logprobs=self._logprobs(positions, token_ids, start),
+            logprobs=self._logprobs(delta.index, positions, token_ids),
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
             prompt_token_ids=prompt.token_ids if is_first and self._body.return_token_ids else UNSET,
-            prompt_logprobs=(
-                prompt_logprobs(delta.prompt_logprobs, self._tokenizer)
-                if self._body.prompt_logprobs is not None and delta.prompt_logprobs is not None
-                else UNSET
-            ),
+            prompt_logprobs=self._prompt_logprobs(delta),
         )
 
+    def _prompt_logprobs(self, delta: Delta) -> PromptLogprobs | UnsetType:
+        asked = self._body.prompt_logprobs
+        if asked is None or delta.prompt_logprobs is None:
+            return UNSET
+        return prompt_logprobs([best(position, asked) for position in delta.prompt_logprobs], self._tokenizer)
+
     def _logprobs(
-        self, positions: list[TokenLogprobs | None], token_ids: list[int], start: int
+        self, index: int, positions: list[TokenLogprobs | None], token_ids: list[int]
     ) -> CompletionLogprobs | None:
+        start = self._offsets.setdefault(index, 0)
         if self._body.logprobs is None:
             return None
+        self._offsets[index] = start + sum(num_chars(token_id, self._tokenizer) for token_id in token_ids)
         return completion_logprobs(
             positions,
             token_ids,
             self._tokenizer,
             start=start,
-            tokens_as_ids=self._body.return_tokens_as_token_ids,
+            tokens_as_ids=bool(self._body.return_tokens_as_token_ids),
         )
 
     def _echo(self, index: int) -> str:

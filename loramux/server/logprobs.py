@@ -12,6 +12,7 @@ from loramux.server.schemas.completions import CompletionLogprobs
 from loramux.server.tokenizer import Tokenizer
 
 _LOWEST: Final = -9999.0  # JSON has no infinity
+_CONTINUATION: Final = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 
 
 def chat_logprobs(
@@ -51,7 +52,7 @@ def completion_logprobs(
         positions: one a token; None where there is no value (an echo's first token).
         token_ids: the same tokens.
         tokenizer: the model's.
-        start: characters of the text before the first of them.
+        start: characters before the first of them; a character counts with its first byte.
         tokens_as_ids: write tokens as `token_id:N`.
     """
 
@@ -62,7 +63,7 @@ def completion_logprobs(
     for position, token_id in zip(positions, token_ids, strict=True):
         answer.text_offset.append(start)
         answer.tokens.append(name(token_id))
-        start += len(tokenizer.token_text(token_id))
+        start += num_chars(token_id, tokenizer)
         if position is None:
             answer.token_logprobs.append(None)
             answer.top_logprobs.append(None)
@@ -71,6 +72,18 @@ def completion_logprobs(
         pairs = zip(position.token_ids, position.logprobs, strict=True)
         answer.top_logprobs.append({name(id_): _finite(logprob) for id_, logprob in pairs})
     return answer
+
+
+def num_chars(token_id: int, tokenizer: Tokenizer) -> int:
+    """Characters that begin in a token."""
+    return len(tokenizer.token_bytes(token_id).translate(None, _CONTINUATION))
+
+
+def best(position: TokenLogprobs | None, count: int) -> TokenLogprobs | None:
+    """The chosen token and only `count` alternatives."""
+    if position is None or len(position.token_ids) <= count + 1:
+        return position
+    return TokenLogprobs(position.token_ids[: count + 1], position.logprobs[: count + 1], position.rank)
 
 
 def prompt_logprobs(positions: Sequence[TokenLogprobs | None], tokenizer: Tokenizer) -> PromptLogprobs:

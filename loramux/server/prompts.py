@@ -274,6 +274,8 @@ def _split(
 def _plain_message(number: int, message: ChatMessage) -> dict[str, Any]:
     """A message as templates expect it: text content, and arguments of tool calls as objects."""
     plain = message.model_dump(exclude_none=True)
+    if reasoning := message.reasoning_content or message.reasoning:
+        plain["reasoning_content"] = plain["reasoning"] = reasoning
     plain["content"] = _text_content(number, message.content)
     if plain["role"] == "developer":
         plain["role"] = "system"

@@ -8,13 +8,14 @@ checked by `to_token_sampling` and `check_limits`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from loramux.engine.errors import ContextTooLong, InvalidRequest
-from loramux.engine.types import EngineInfo, TokenSampling
+from loramux.engine.types import EngineInfo, GrammarSpec, TokenSampling
 from loramux.server.limits import Limits
+from loramux.server.structured import StructuredOutputsParams, structured_grammar
 from loramux.server.tokenizer import Tokenizer
 
 _INT64_MAX: Final = 2**63 - 1
@@ -49,10 +50,14 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None  # alternatives beside the sampled token
     prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] = ()  # further alternatives beside the best
     detokenize: bool = True  # False leaves the text empty (offline use)
     skip_special_tokens: bool = True
+    shown_special_token_ids: Collection[int] = ()  # special tokens that are shown nevertheless
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None  # what the text must look like
+    grammar: GrammarSpec | None = None  # the same, made and tried by the server; wins
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -77,6 +82,8 @@ class SamplingParams:
         _check_range("min_tokens", self.min_tokens, low=0)
         _check_range("logprobs", self.logprobs, low=0)
         _check_range("prompt_logprobs", self.prompt_logprobs, low=0)
+        if self.logprob_token_ids and self.logprobs is None:
+            raise InvalidRequest("logprob_token_ids needs logprobs", param="logprob_token_ids")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             message = f"min_tokens must not exceed max_tokens={self.max_tokens}, got {self.min_tokens}"
             raise InvalidRequest(message, param="min_tokens")
@@ -110,6 +117,10 @@ def check_limits(params: SamplingParams, limits: Limits) -> None:
         ("logit_bias", params.logit_bias, limits.logit_bias, "--max-logit-bias"),
         ("allowed_token_ids", params.allowed_token_ids or (), limits.logit_bias, "--max-logit-bias"),
         ("bad_words", params.bad_words, limits.bad_words, "--max-bad-words"),
+        (
+            *("logprob_token_ids", params.logprob_token_ids),
+            *(limits.logprob_token_ids, "--max-logprob-token-ids"),
+        ),
     )
     for name, values, limit, flag in counts:
         _check_limit(name, len(values), limit, flag, " entries")
@@ -171,6 +182,7 @@ def to_token_sampling(
     vocab_size = info.vocab_size
     check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     check_token_ids("logit_bias", params.logit_bias, vocab_size)
+    check_token_ids("logprob_token_ids", params.logprob_token_ids, vocab_size)
     check_token_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     return TokenSampling(
         max_tokens=max_new_tokens(params, info, prompt_len),
@@ -193,6 +205,8 @@ def to_token_sampling(
         stop_token_ids=list(dict.fromkeys(params.stop_token_ids)),
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        logprob_token_ids=list(dict.fromkeys(params.logprob_token_ids)),
+        grammar=_grammar(params),
     )
 
 
@@ -215,6 +229,12 @@ def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> Non
                 f"Token id {token_id} is out of vocabulary: {name} takes ids from 0 to {vocab_size - 1}",
                 param=name,
             )
+
+
+def _grammar(params: SamplingParams) -> GrammarSpec | None:
+    if params.grammar is not None or params.structured_outputs is None:
+        return params.grammar
+    return structured_grammar(params.structured_outputs, Limits())
 
 
 def _temperature(value: float) -> float:

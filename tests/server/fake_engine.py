@@ -5,7 +5,8 @@ upper case, a seed puts `SEED:` in front. Words in the prompt ask for trouble:
 
     !slow     one token each 10 ms, without end        !crash    the process kills itself
     !stuck    no output at all                         !refuse   the request fails
-    !salt     the answer is the request's cache salt
+    !salt     the answer is the request's cache salt     !say:X!end   the answer is X
+    !grammar  the answer is the request's grammar
 
 and so does the base model that an adapter's config names:
 
@@ -194,6 +195,10 @@ def _wanted(request: Request) -> list[int]:
     data = bytes(token for token in request.prompt_token_ids if token < 256) or b"."
     if b"!salt" in data:
         data = repr(request.cache_salt).encode()
+    if b"!grammar" in data and request.sampling.grammar is not None:
+        data = request.sampling.grammar.text.encode()
+    if b"!say:" in data:
+        data = data.rpartition(b"!say:")[2].partition(b"!end")[0]
     if request.adapter is not None:
         data = data.upper()
     if request.sampling.seed is not None:

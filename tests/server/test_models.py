@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -27,6 +28,54 @@ def test_list_never_shows_a_local_path(http: httpx.Client, adapter_folder: Path)
     assert str(adapter_folder.parent) not in text
     assert '"root":"shout-lora"' in text
     assert '"root":"tiny"' in text
+
+
+def test_list_comes_in_pages_that_can_be_put_together(http: httpx.Client) -> None:
+    whole = http.get("/v1/models").json()
+    found: list[str] = []
+    page: dict[str, Any] = {"has_more": True}
+    while page["has_more"]:
+        after = {"after": found[-1]} if found else {}
+        page = http.get("/v1/models", params={"limit": 3, **after}).json()
+        found += [card["id"] for card in page["data"]]
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+
+    assert found == [card["id"] for card in whole["data"]]
+    assert whole["has_more"] is False
+
+
+def test_page_goes_on_behind_an_adapter_that_is_gone(http: httpx.Client) -> None:
+    page = http.get("/v1/models", params={"after": "pirate"}).json()
+
+    assert [card["id"] for card in page["data"]] == ["shout"]
+    assert http.get("/v1/models", params={"after": "zzz"}).json()["data"] == []
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "many", "10001"])
+def test_limit_of_a_page_is_checked(http: httpx.Client, limit: str) -> None:
+    response = http.get("/v1/models", params={"limit": limit})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "limit"
+
+
+def test_ten_thousand_adapters_fit_into_what_proxies_read(http: httpx.Client) -> None:
+    card = http.get("/v1/models/shout").content
+
+    assert 10_000 * (len(card) + len("team/adapter-1234")) < 2.1 * 2**20
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1/models/shout/", "/health/", "/v1/models//"])
+def test_slash_at_the_end_changes_nothing(http: httpx.Client, path: str) -> None:
+    response = http.get(path)
+
+    assert response.status_code == 200
+    assert response.content == http.get(path.rstrip("/")).content
+    assert http.head(path).status_code == 200
+
+
+def test_post_with_a_slash_at_the_end_keeps_its_body(http: httpx.Client) -> None:
+    assert http.post("/v1/completions/", json={"prompt": "ok"}).json()["choices"][0]["text"] == "ok"
 
 
 @pytest.mark.parametrize("path", ["org%2Floud%20one%3Av1", "org/loud%20one:v1", "shout", "tiny"])

@@ -280,5 +280,21 @@ def _requested_logprobs(
         found = token_logprobs(raw[wanting], [token_ids[i] for i in wanting], num_top)
         for i, full in zip(wanting, found, strict=True):
             keep = 1 + (rows[i].sampling.logprobs or 0)
-            out[i] = TokenLogprobs(full.token_ids[:keep], full.logprobs[:keep], full.rank)
+            entry = TokenLogprobs(full.token_ids[:keep], full.logprobs[:keep], full.rank)
+            named = rows[i].sampling.logprob_token_ids
+            out[i] = _with_named(entry, raw[i], named) if named else entry
     return out
+
+
+def _with_named(found: TokenLogprobs, raw: Tensor, token_ids: list[int]) -> TokenLogprobs:
+    """The same with the tokens that the request names, but for those that are among the best anyway.
+
+    Args:
+        found: the chosen token and the best.
+        raw: [vocab_size] the row's logits.
+        token_ids: what the request names.
+    """
+    best = set(found.token_ids[1:])
+    named = [token_id for token_id in token_ids if token_id not in best]
+    values = torch.log_softmax(raw.float(), dim=-1)[named].tolist()
+    return TokenLogprobs([*found.token_ids, *named], [*found.logprobs, *values], found.rank)

@@ -7,7 +7,14 @@ from typing import Any
 import msgspec
 
 from loramux.engine.errors import InvalidRequest
-from loramux.server.schemas.common import UNSET, GenerationRequest, PromptLogprobs, UnsetType, Usage
+from loramux.server.schemas.common import (
+    UNSET,
+    GenerationRequest,
+    PromptLogprobs,
+    RequestMetrics,
+    UnsetType,
+    Usage,
+)
 
 
 class CompletionRequest(GenerationRequest):
@@ -61,3 +68,4 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[CompletionChoice]
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
+    metrics: RequestMetrics | UnsetType | None = UNSET

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 
@@ -34,7 +32,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     root: str  # where it came from; never a local path
     parent: str | None = None  # the base model's name, for an adapter
     max_model_len: int | None = None
-    permission: list[Any] = []
+    permission: list[ModelPermission] = []  # of base names only
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,3 +40,6 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
     object: str = "list"
     data: list[ModelCard]
+    first_id: str | None = None
+    last_id: str | None = None  # `?after=` of the next page
+    has_more: bool = False

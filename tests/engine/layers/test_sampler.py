@@ -36,6 +36,20 @@ def test_greedy_and_drawing_rows_mix_in_one_batch(logits: torch.Tensor) -> None:
     assert out[1] == sample(logits[None], [rows[1]]).token_ids[0]  # the batch does not matter
 
 
+def test_named_tokens_stand_behind_the_best_and_none_stands_twice(logits: torch.Tensor) -> None:
+    best = logits.topk(2).indices.tolist()
+    worst = int(logits.argmin())
+    rows = [row(temperature=0.0, logprobs=2, logprob_token_ids=[worst, best[1]]), row(temperature=0.0)]
+
+    found = sample(logits.expand(2, -1), rows).logprobs
+
+    assert found[0] is not None
+    assert found[0].token_ids == [best[0], *best, worst]
+    expected = torch.log_softmax(logits, dim=-1)[found[0].token_ids]
+    torch.testing.assert_close(torch.tensor(found[0].logprobs), expected)
+    assert found[1] is None
+
+
 def test_draws_follow_the_distribution(logits: torch.Tensor) -> None:
     counts = draws(logits, temperature=0.7)
     expected = torch.softmax(logits / 0.7, dim=-1) * 4000
