@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Final
 
 import msgspec
 
@@ -13,6 +14,16 @@ from loramux.server.adapters import fingerprint
 from loramux.server.choice import Delta
 from loramux.server.generation import Call
 from loramux.server.logprobs import chat_logprobs, prompt_logprobs
+from loramux.server.message_parser import (
+    ArgumentsPart,
+    CallPart,
+    Message,
+    MessagePart,
+    MessagePlan,
+    ReasoningPart,
+    TextPart,
+    join_parts,
+)
 from loramux.server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -22,10 +33,16 @@ from loramux.server.schemas.chat import (
     ChatLogprobs,
     ChatRequest,
     ChunkChoice,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
 )
 from loramux.server.schemas.common import UNSET, UnsetType, Usage
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.usage import UsageCounter
+
+_PROMPT_END: Final = 64  # characters of a prompt that say whether it opens the reasoning
 
 
 class ChatAnswer:
@@ -34,6 +51,7 @@ class ChatAnswer:
     Args:
         body: what the client sent.
         call: what was planned for it.
+        plan: how the model's text is read.
         model: the name to show.
         answer_id: "chatcmpl-...".
         tokenizer: for log-probabilities.
@@ -44,6 +62,7 @@ class ChatAnswer:
         self,
         body: ChatRequest,
         call: Call,
+        plan: MessagePlan,
         *,
         model: str,
         answer_id: str,
@@ -55,6 +74,11 @@ class ChatAnswer:
         self._tokenizer = tokenizer
         self._role = role
         self._usage = UsageCounter(call)
+        self._reasons = plan.reasoning is not None
+        self._parsers = [
+            plan.parser((call.prompt_of(index).text or "")[-_PROMPT_END:])
+            for index in range(len(call.requests))
+        ]
         self._introduced: set[int] = set()  # choices whose role was sent
         self._id = answer_id
         self._model = model
@@ -67,29 +91,22 @@ class ChatAnswer:
             system_fingerprint=fingerprint(call.adapter),
         )
 
-    def whole(self, deltas: Sequence[Delta]) -> bytes:
-        """The JSON text of all choices."""
-        choices: list[ChatChoice] = []
-        for delta in deltas:
-            self._usage.add(delta)
-            assert delta.finish_reason is not None
-            choices.append(
-                ChatChoice(
-                    index=delta.index,
-                    message=AssistantMessage(role=self._role, content=delta.text),
-                    logprobs=self._logprobs(delta),
-                    finish_reason=delta.finish_reason,
-                    stop_reason=delta.stop_reason,
-                    token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
-                )
-            )
-        prompt_positions = deltas[0].prompt_logprobs
+    async def whole(self, deltas: AsyncGenerator[Delta, None]) -> bytes:
+        """The JSON text of all choices; closes `deltas`."""
+        joined = [Delta(index) for index in range(len(self._parsers))]
+        parts: list[list[MessagePart]] = [[] for _ in self._parsers]
+        async with aclosing(deltas) as source:
+            async for delta in source:
+                self._usage.add(delta)
+                parts[delta.index] += self._parsers[delta.index].add(delta)
+                joined[delta.index].join(delta)
+        prompt_positions = joined[0].prompt_logprobs
         answer = ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=choices,
-            usage=self._usage.total(),
+            choices=[self._choice(*each) for each in zip(joined, map(join_parts, parts), strict=True)],
+            usage=self._total(),
             system_fingerprint=fingerprint(self._call.adapter),
             prompt_logprobs=(
                 prompt_logprobs(prompt_positions, self._tokenizer) if prompt_positions is not None else UNSET
@@ -97,6 +114,28 @@ class ChatAnswer:
             prompt_token_ids=self._prompt_token_ids(),
         )
         return msgspec.json.encode(answer)
+
+    def _choice(self, delta: Delta, message: Message) -> ChatChoice:
+        finish_reason = self._parsers[delta.index].finish_reason(delta.finish_reason)
+        assert finish_reason is not None
+        calls = [
+            ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+            for call in message.calls
+        ]
+        reasoning = message.reasoning if self._body.include_reasoning else ""
+        return ChatChoice(
+            index=delta.index,
+            message=AssistantMessage(
+                role=self._role,
+                content=message.text or (None if message.calls or message.reasoning else ""),
+                reasoning=reasoning or UNSET,
+                tool_calls=calls or UNSET,
+            ),
+            logprobs=self._logprobs(delta),
+            finish_reason=finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
+        )
 
     async def events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         """The event stream; closes `deltas`."""
@@ -106,33 +145,63 @@ class ChatAnswer:
         async with aclosing(deltas) as source:
             async for delta in source:
                 self._usage.add(delta)
-                if self._is_silent(delta):
+                messages = self._messages(self._parsers[delta.index].add(delta))
+                if not messages and self._is_silent(delta):
                     continue
-                usage = self._usage.total() if continuous else (None if with_usage else UNSET)
-                yield self._chunk(delta, usage)
+                usage = self._total() if continuous else (None if with_usage else UNSET)
+                for chunk in self._chunks(delta, messages or [ChatDelta()], usage):
+                    yield chunk
         if with_usage:
-            yield self._event([], self._usage.total())
+            yield self._event([], self._total())
         yield sse.DONE
 
-    def _is_silent(self, delta: Delta) -> bool:
-        """Whether a delta shows nothing: its text is held back and nobody asked for its tokens."""
-        return not (delta.text or delta.finish_reason or self._body.logprobs or self._body.return_token_ids)
+    def _messages(self, parts: list[MessagePart]) -> list[ChatDelta]:
+        """What parts are on the wire, one a chunk."""
+        found: list[ChatDelta] = []
+        for part in parts:
+            match part:
+                case TextPart(text):
+                    found.append(ChatDelta(content=text))
+                case ReasoningPart(text):
+                    found += [ChatDelta(reasoning=text)] if self._body.include_reasoning else []
+                case CallPart() | ArgumentsPart():
+                    found.append(ChatDelta(tool_calls=[_call_delta(part)]))
+        return found
 
-    def _chunk(self, delta: Delta, usage: Usage | UnsetType | None) -> bytes:
+    def _is_silent(self, delta: Delta) -> bool:
+        """Whether a delta without text shows nothing: it does not end and nobody asked for its tokens."""
+        return not (delta.finish_reason or self._body.logprobs or self._body.return_token_ids)
+
+    def _chunks(
+        self, delta: Delta, messages: list[ChatDelta], usage: Usage | UnsetType | None
+    ) -> list[bytes]:
+        """The chunks of one delta: its tokens come with the first, its end with the last."""
         is_first = delta.index not in self._introduced
         self._introduced.add(delta.index)
-        choice = ChunkChoice(
-            index=delta.index,
-            delta=ChatDelta(
-                role=self._role if is_first else UNSET,
-                content=delta.text if is_first or delta.text else UNSET,
-            ),
-            logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason if delta.finish_reason else UNSET,
-            token_ids=delta.token_ids if self._body.return_token_ids else UNSET,
-        )
-        return self._event([choice], usage, self._prompt_token_ids() if is_first else UNSET)
+        if is_first:
+            messages[0] = self._introduction(messages[0])
+        chunks: list[bytes] = []
+        for number, message in enumerate(messages):
+            finish_reason = delta.finish_reason if number == len(messages) - 1 else None
+            choice = ChunkChoice(
+                index=delta.index,
+                delta=message,
+                logprobs=self._logprobs(delta) if number == 0 else None,
+                finish_reason=self._parsers[delta.index].finish_reason(finish_reason),
+                stop_reason=delta.stop_reason if finish_reason else UNSET,
+                token_ids=(delta.token_ids if number == 0 else []) if self._body.return_token_ids else UNSET,
+            )
+            prompt_token_ids = self._prompt_token_ids() if is_first and number == 0 else UNSET
+            chunks.append(self._event([choice], usage, prompt_token_ids))
+        return chunks
+
+    def _introduction(self, message: ChatDelta) -> ChatDelta:
+        """The first delta of a choice: it has the role, and a content even if there is none."""
+        content = message.content
+        if content is UNSET:
+            is_text = message.reasoning is UNSET and message.tool_calls is UNSET
+            content = "" if is_text else None
+        return msgspec.structs.replace(message, role=self._role, content=content)
 
     def _event(
         self,
@@ -145,11 +214,25 @@ class ChatAnswer:
         )
         return sse.event(msgspec.json.encode(frame))
 
+    def _total(self) -> Usage:
+        if not self._reasons:
+            return self._usage.total()
+        return self._usage.total(sum(parser.num_reasoning_tokens for parser in self._parsers))
+
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        as_ids = self._body.return_tokens_as_token_ids
+        as_ids = bool(self._body.return_tokens_as_token_ids)
         return chat_logprobs(delta.logprobs, self._tokenizer, tokens_as_ids=as_ids)
 
     def _prompt_token_ids(self) -> list[int] | UnsetType:
         return self._call.prompts[0].token_ids if self._body.return_token_ids else UNSET
+
+
+def _call_delta(part: CallPart | ArgumentsPart) -> ToolCallDelta:
+    match part:
+        case CallPart(number, id_, name):
+            function = FunctionCallDelta(name=name, arguments="")
+            return ToolCallDelta(index=number, id=id_, type="function", function=function)
+        case ArgumentsPart(number, text):
+            return ToolCallDelta(index=number, function=FunctionCallDelta(arguments=text))

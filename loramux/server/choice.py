@@ -57,6 +57,7 @@ class ChoiceStream:
             stop=params.stop_strings,
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            shown_special_token_ids=params.shown_special_token_ids,
             min_tokens=params.min_tokens,
         )
 
@@ -76,12 +77,16 @@ class ChoiceStream:
             prompt_logprobs=output.prompt_logprobs,
         )
         if self._detokenize:
-            self._add_text(delta)
+            ends = output.finish_reason == "stop" and not output.last_is_text
+            self._add_text(delta, output.token_ids[-1] if ends and output.token_ids else None)
         return delta
 
-    def _add_text(self, delta: Delta) -> None:
+    def _add_text(self, delta: Delta, ended_by: int | None) -> None:
+        """Args:
+        delta: gets its text.
+        ended_by: the last token, if it is the end and no text.
+        """
         token_ids = delta.token_ids
-        ended_by = token_ids[-1] if delta.finish_reason == "stop" and token_ids else None
         plain = token_ids if ended_by is None else token_ids[:-1]
         pieces: list[str] = []
         for position, token_id in enumerate(plain, start=1):

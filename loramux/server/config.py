@@ -65,6 +65,9 @@ class ServerConfig:
     ssl_ca_certs: str | None = None
     ssl_cert_reqs: int = 0
     ssl_ciphers: str | None = None
+    ssl_refresh: bool = False  # follow the files
+    uds: str | None = None  # path of a Unix socket, instead of host and port
+    uds_permissions: int = 0o660  # of its file
     log_level: str = "info"
     docs: bool = True
     timeout_keep_alive_s: int = 5
@@ -214,6 +217,8 @@ def _engine_config(values: dict[str, Any]) -> EngineConfig:
         given["num_kv_blocks"] = values["num_gpu_blocks_override"]
     if given.get("max_cpu_loras", 1) <= 0:
         del given["max_cpu_loras"]
+    if "grammar_compile_timeout" in values:
+        given["grammar_compile_timeout_s"] = values["grammar_compile_timeout"]
     engine = EngineConfig(**given)
     if engine.max_cpu_loras is not None and engine.max_cpu_loras < engine.max_loras:
         message = f"max_cpu_loras ({engine.max_cpu_loras}) must be >= max_loras ({engine.max_loras})."
@@ -241,6 +246,7 @@ def _server_config(values: dict[str, Any], *, has_keys: bool) -> ServerConfig:
         "timeout_keep_alive": "timeout_keep_alive_s",
         "sse_keep_alive_interval": "sse_keep_alive_s",
         "shutdown_timeout": "shutdown_timeout_s",
+        "enable_ssl_refresh": "ssl_refresh",
     }
     given |= {ours: values[flag] for flag, ours in renamed.items() if flag in values}
     if "override_generation_config" in values:

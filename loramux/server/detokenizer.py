@@ -13,7 +13,7 @@ tokens whose text is out; from `read` on, those whose text is not) and returns w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from loramux.server.tokenizer import Tokenizer
@@ -27,16 +27,27 @@ class IncrementalDecoder:
     """The text of one sequence, piece by piece; the pieces joined are its whole text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown_special_token_ids: Collection[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._window = list(prompt_token_ids[-_PROMPT_TAIL:])
+        self._shown = frozenset(shown_special_token_ids)
+        # If some are shown, the others never enter the window, which is the same as skipping them.
+        self._sifts = skip_special_tokens and bool(self._shown)
+        self._skip_special_tokens = skip_special_tokens and not self._shown
+        tail = prompt_token_ids[-_PROMPT_TAIL:]
+        self._window = [id_ for id_ in tail if self._is_seen(id_)]
         self._read = len(self._window)  # tokens of the window whose text was returned
         self._prefix_text: str | None = None
 
     def add(self, token_id: int) -> str:
         """The text that is certain after one more token; "" inside a character."""
+        if not self._is_seen(token_id):
+            return ""
         self._window.append(token_id)
         text = self._decode(self._window)
         held = len(self._window) - self._read
@@ -49,6 +60,9 @@ class IncrementalDecoder:
         if self._read == len(self._window):
             return ""
         return self._advance(self._decode(self._window))
+
+    def _is_seen(self, token_id: int) -> bool:
+        return not self._sifts or token_id in self._shown or not self._tokenizer.is_special(token_id)
 
     def _advance(self, text: str) -> str:
         if self._prefix_text is None:
@@ -102,6 +116,7 @@ class TextStream:
         stop: strings that end it.
         include_stop: show the stop string, or the text of a stop token, that ended it.
         skip_special_tokens: leave control tokens out of the text.
+        shown_special_token_ids: those that are shown nevertheless.
         min_tokens: stop strings are not looked for before so many tokens.
     """
 
@@ -113,10 +128,14 @@ class TextStream:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown_special_token_ids: Collection[int] = (),
         min_tokens: int = 0,
     ) -> None:
         self._decoder = IncrementalDecoder(
-            tokenizer, prompt_token_ids, skip_special_tokens=skip_special_tokens
+            tokenizer,
+            prompt_token_ids,
+            skip_special_tokens=skip_special_tokens,
+            shown_special_token_ids=shown_special_token_ids,
         )
         self._scanner = StopScanner(stop, include_stop=include_stop)
         self._include_stop = include_stop

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from loramux.server.flag import Flag, parse_count, parse_length, switch
+from loramux.server.flag import Flag, parse_count, parse_length, parse_permissions, switch
 
 # Also flags of `loramux fetch` and `loramux doctor`.
 SOURCE_FLAGS: Final = (
@@ -104,9 +104,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "format of a model's tool calls: hermes, llama3_json, mistral, pythonic; "
             "auto = as the chat template shows; none",
         ),
-        switch(
-            "enable-auto-tool-choice", 'tool_choice "auto" works; without the flag, if a format is known'
-        ),
+        switch("enable-auto-tool-choice", 'tool_choice "auto" works; without the flag, if a format is known'),
         switch("exclude-tools-when-tool-choice-none", 'tool_choice "none" keeps tools out of the prompt'),
         Flag(
             "reasoning-parser",
@@ -136,6 +134,9 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("ssl-ca-certs", "CA certificates for client certificates"),
         Flag("ssl-cert-reqs", "client certificates: 0 none, 1 optional, 2 required", int),
         Flag("ssl-ciphers", "TLS ciphers"),
+        switch("enable-ssl-refresh", "follow the TLS files: new connections get the new certificate"),
+        Flag("uds", "path of a Unix socket to listen on, instead of --host and --port"),
+        Flag("uds-permissions", "who may connect to it, in octal; 660 unless given", parse_permissions),
         switch("disable-fastapi-docs", "no /docs, /redoc and /openapi.json"),
         Flag("timeout-keep-alive", "seconds an idle connection stays open", int),
         Flag("sse-keep-alive-interval", "seconds of silence before a comment is sent; 0 = never", float),
@@ -198,6 +199,16 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("max-logit-bias", "entries of logit_bias and allowed_token_ids", parse_count),
         Flag("max-bad-words", "bad words", parse_count),
         Flag("max-logprobs", "log-probabilities a token", parse_count),
+        Flag("max-schema-bytes", "bytes of a JSON schema, of a grammar, or of all choices", parse_count),
+        Flag("max-schema-depth", "levels of lists and objects in a JSON schema", parse_count),
+        Flag("max-regex-bytes", "bytes of a regular expression", parse_count),
+        Flag("max-choices", "choices of structured_outputs", parse_count),
+        Flag("grammar-compile-timeout", "seconds that compiling one grammar may take", float),
+        Flag(
+            "max-grammars-in-flight",
+            "grammars that are compiled at the same time or wait for it",
+            parse_count,
+        ),
         Flag("max-string-chars", "characters of one stop string or bad word", parse_count),
         Flag("max-sequences", "sequences of a call: prompts x n", parse_count),
         Flag("max-prompt-tokens", "tokens of all prompts of a call", parse_count),

@@ -22,10 +22,12 @@ from loramux.server.edge import at_end
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.errors import AdapterHidden
 from loramux.server.generation import Generator
+from loramux.server.grammar_checker import GrammarChecker
 from loramux.server.observe.call_record import current_call
 from loramux.server.observe.observer import Observer
 from loramux.server.prompts import PromptBuilder
 from loramux.server.tokenizer import Tokenizer
+from loramux.server.tool_use import ToolDesk
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class Services:
     uploads: Uploads
     access: Access
     observer: Observer
+    tools: ToolDesk
+    grammars: GrammarChecker
     sampling_defaults: Mapping[str, Any]
     desired: DesiredState | None = None  # if there is an --adapters-file
     drain: Drain = field(default_factory=Drain)

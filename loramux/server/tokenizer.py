@@ -97,6 +97,10 @@ class Tokenizer:
         """Whether the token is a control token, such as the end of a turn."""
         return token_id in self._special_ids
 
+    def token_id(self, piece: str) -> int | None:
+        """The id of a piece as the vocabulary writes it."""
+        return self._backend.token_to_id(piece)
+
     def token(self, token_id: int) -> str:
         """The piece as the vocabulary writes it, "" for an id without one."""
         return self._backend.id_to_token(token_id) or ""

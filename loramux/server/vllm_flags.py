@@ -10,7 +10,7 @@ INERT_SWITCHES: Final = frozenset(
     trust-remote-code enforce-eager enable-chunked-prefill fully-sharded-loras async-scheduling headless
     enable-tower-connector-lora specialize-active-lora enable-mixed-moe-lora-format enable-lora-bias
     enable-moe-shared-loras tokens-only enable-dbo
-    enable-prompt-tokens-details enable-server-load-tracking enable-ssl-refresh
+    enable-prompt-tokens-details enable-server-load-tracking
     enable-request-id-headers disable-log-stats
     log-error-stack enable-offline-docs enable-sleep-mode enable-scale-out
     trust-request-mm-kwargs disable-frontend-multiprocessing enable-prompt-embeds use-tqdm-on-load
@@ -27,7 +27,7 @@ INERT_OPTIONS: Final = frozenset(
     tool-parser-plugin reasoning-parser-plugin quantization kv-cache-dtype prefix-caching-hash-algo
     load-format code-revision
     tokenizer-revision hf-overrides hf-config-path config-format fingerprint-mode fingerprint-value
-    logprobs-mode swap-space cpu-offload-gb default-mm-loras lora-target-modules uds
+    logprobs-mode swap-space cpu-offload-gb default-mm-loras lora-target-modules
     max-lora-cls-labels lora-extra-vocab-size long-lora-scaling-factors middleware max-seq-len-to-capture
     distributed-executor-backend worker-cls
     compilation-config speculative-config speculative-model num-speculative-tokens model-loader-extra-config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request, Response
 
 from loramux.server.access.caller import caller_of
@@ -32,11 +34,17 @@ async def create_chat_completion(request: Request, body: ChatRequest, services: 
         max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    use = services.tools.plan(body)
+    grammar = await services.grammars.requested(
+        body.response_format, body.structured_outputs, tools=use.grammar
+    )
+    params = replace(params, shown_special_token_ids=use.shown_special_token_ids, grammar=grammar)
     prompt = await services.prompts.from_chat(
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        options=body.chat_template_kwargs,
+        tools=use.prompt_tools or (),
+        options=body.template_options(services.config.server.api.allowed_template_kwargs),
         add_special_tokens=bool(body.add_special_tokens),
         truncate=body.truncate_prompt_tokens,
     )
@@ -51,6 +59,7 @@ async def create_chat_completion(request: Request, body: ChatRequest, services: 
     answer = ChatAnswer(
         body,
         call,
+        use.message,
         model=services.shown_model(body.model),
         answer_id=answer_id("chatcmpl", request, body.request_id),
         tokenizer=services.tokenizer,
@@ -60,5 +69,5 @@ async def create_chat_completion(request: Request, body: ChatRequest, services: 
     if body.stream:
         events = answer.events(services.generator.stream(call))
         return EventStream(events, headers=headers, keep_alive_s=services.config.server.sse_keep_alive_s)
-    deltas = await until_disconnect(services.generator.collect(call), request.receive)
-    return Response(answer.whole(deltas), headers=headers, media_type="application/json")
+    text = await until_disconnect(answer.whole(services.generator.stream(call)), request.receive)
+    return Response(text, headers=headers, media_type="application/json")

@@ -1,0 +1,223 @@
+"""What a request's tools mean for its call: what the prompt shows, how the answer is made and read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+
+from loramux.engine.errors import InvalidConfig, InvalidRequest
+from loramux.engine.types import GrammarSpec
+from loramux.server import reasoning
+from loramux.server.limits import Limits
+from loramux.server.message_parser import MessagePlan
+from loramux.server.reasoning import REASONING_FORMATS, ReasoningFormat
+from loramux.server.schemas.chat import ChatRequest, ChatTool
+from loramux.server.structured import json_schema_grammar
+from loramux.server.tokenizer import Tokenizer
+from loramux.server.tool_config import AUTO, ToolConfig
+from loramux.server.tool_parsers.forced import NamedCallParser, RequiredCallsParser
+from loramux.server.tool_parsers.registry import TOOL_FORMATS, ToolFormat, format_of_template
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
+_CHOICES: Final = ("none", "auto", "required")
+_EMPTY_SCHEMA: Final = {"type": "object", "properties": {}}
+# Keywords whose targets are counted from the root of a schema; they move along with it.
+_DEFINITIONS: Final = ("$defs", "definitions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """One request's."""
+
+    prompt_tools: list[dict[str, Any]] | None = None  # for the chat template
+    message: MessagePlan
+    grammar: GrammarSpec | None = None  # what the answer is constrained to
+    shown_special_token_ids: frozenset[int] = frozenset()  # marks that the parsers look for
+
+
+class ToolDesk:
+    """Plans the use of tools for every request.
+
+    Args:
+        config: what the operator says.
+        template: source of the chat template; None if the model has none.
+        tokenizer: the model's, for marks that are special tokens.
+        limits: what one request may bring.
+
+    Raises:
+        InvalidConfig: `--enable-auto-tool-choice` is set and no format is known.
+    """
+
+    def __init__(
+        self, config: ToolConfig, template: str | None, tokenizer: Tokenizer, limits: Limits
+    ) -> None:
+        self._config = config
+        self._limits = limits
+        self._tokenizer = tokenizer
+        source = template or ""
+        self.format: ToolFormat | None = TOOL_FORMATS.get(config.tool_parser)
+        if config.tool_parser == AUTO:
+            self.format = format_of_template(source)
+        self.reasoning: ReasoningFormat | None = REASONING_FORMATS.get(config.reasoning_parser)
+        if config.reasoning_parser == AUTO:
+            self.reasoning = reasoning.reasoning_of_template(source)
+        if config.auto_tool_choice and self.format is None:
+            names = ", ".join(TOOL_FORMATS)
+            message = (
+                "--enable-auto-tool-choice needs --tool-call-parser: the chat template does not show "
+                f"which format the model uses ({names})"
+            )
+            raise InvalidConfig(message, param="--enable-auto-tool-choice")
+
+    def plan(self, body: ChatRequest) -> ToolUse:
+        """What the tools of a request mean.
+
+        Raises:
+            InvalidRequest: the tools or their choice are wrong, or cannot be served.
+        """
+        choice, name = self._choice(body)
+        marks = set(reasoning.MARKS) if self.reasoning else set()
+        message = MessagePlan(reasoning=self.reasoning, parallel_calls=body.parallel_tool_calls)
+        tools = body.tools or []
+        grammar: GrammarSpec | None = None
+        if choice == "auto":
+            tool_format = self._format_for_auto()
+            names = frozenset(tool.function.name for tool in tools)
+            message = replace(message, make_tool_parser=partial(tool_format.parser, names))
+            marks.update(tool_format.marks)
+        elif choice == "required":
+            message = replace(message, make_tool_parser=RequiredCallsParser)
+            grammar = json_schema_grammar(_calls_schema(tools, parallel=body.parallel_tool_calls))
+        elif choice == "function":
+            named = next(tool.function for tool in tools if tool.function.name == name)
+            parser = partial(NamedCallParser, name)
+            message = replace(message, make_tool_parser=parser, calls_end_turn=False)
+            grammar = json_schema_grammar(named.parameters or _EMPTY_SCHEMA)
+        shown = tools if choice != "none" or not self._config.exclude_when_none else []
+        return ToolUse(
+            prompt_tools=[tool.model_dump(exclude_unset=True) for tool in shown] or None,
+            message=message,
+            grammar=grammar,
+            shown_special_token_ids=self._special_ids(marks),
+        )
+
+    def _choice(self, body: ChatRequest) -> tuple[str, str]:
+        """The checked `tool_choice`: "none", "auto", "required" or "function", and the function's name."""
+        if body.tools is None:
+            if body.tool_choice in (None, "none"):
+                return "none", ""
+            raise InvalidRequest("tool_choice needs tools", param="tool_choice")
+        self._check_tools(body.tools)
+        choice = body.tool_choice or "auto"
+        if isinstance(choice, str):
+            if choice not in _CHOICES:
+                names = ", ".join(_CHOICES)
+                message = f"tool_choice must be one of {names}, or name a function, got {choice[:50]!r}"
+                raise InvalidRequest(message, param="tool_choice")
+            return choice, ""
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if choice.get("type", "function") != "function" or not isinstance(name, str):
+            message = 'tool_choice as an object must be {"type": "function", "function": {"name": ...}}'
+            raise InvalidRequest(message, param="tool_choice")
+        if name not in {tool.function.name for tool in body.tools}:
+            message = f"tool_choice names the function {name[:100]!r}, which is not in tools"
+            raise InvalidRequest(message, param="tool_choice")
+        return "function", name
+
+    def _check_tools(self, tools: Sequence[ChatTool]) -> None:
+        if not tools:
+            raise InvalidRequest("tools must not be empty; leave it out instead", param="tools")
+        if len(tools) > self._limits.tools:
+            message = (
+                f"tools allows at most {self._limits.tools} entries, got {len(tools)} "
+                "(the server's --max-tools)"
+            )
+            raise InvalidRequest(message, param="tools")
+        seen: set[str] = set()
+        for number, tool in enumerate(tools):
+            _check_tool(number, tool)
+            if tool.function.name in seen:
+                message = f"tools has two functions with the name {tool.function.name!r}"
+                raise InvalidRequest(message, param=f"tools[{number}].function.name")
+            seen.add(tool.function.name)
+        size = len(msgspec.json.encode([tool.model_dump(exclude_unset=True) for tool in tools]))
+        if size > self._limits.tools_bytes:
+            message = (
+                f"tools allows at most {self._limits.tools_bytes} bytes of JSON, got {size} "
+                "(the server's --max-tools-bytes)"
+            )
+            raise InvalidRequest(message, param="tools")
+
+    def _format_for_auto(self) -> ToolFormat:
+        if self.format is not None and self._config.auto_tool_choice is not False:
+            return self.format
+        message = (
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: '
+            'this model\'s chat template does not show how it writes calls. tool_choice "required", or '
+            "the name of a function, works without them"
+        )
+        raise InvalidRequest(message, param="tool_choice")
+
+    def _special_ids(self, marks: Collection[str]) -> frozenset[int]:
+        ids = (self._tokenizer.token_id(mark) for mark in marks)
+        return frozenset(id_ for id_ in ids if id_ is not None and self._tokenizer.is_special(id_))
+
+
+def _check_tool(number: int, tool: ChatTool) -> None:
+    field = f"tools[{number}]"
+    if tool.type != "function":
+        message = f"{field}.type: only tools of type 'function' are supported, got {tool.type[:50]!r}"
+        raise InvalidRequest(message, param=f"{field}.type")
+    if not _NAME.fullmatch(tool.function.name):
+        message = (
+            f"{field}.function.name must be 1 to 128 letters, digits and any of _ . : / -, "
+            f"got {tool.function.name[:130]!r}"
+        )
+        raise InvalidRequest(message, param=f"{field}.function.name")
+    kind = (tool.function.parameters or {}).get("type", "object")
+    if kind != "object":
+        message = f"{field}.function.parameters must be a JSON schema of type 'object', got {kind!r:.50}"
+        raise InvalidRequest(message, param=f"{field}.function.parameters")
+
+
+def _calls_schema(tools: Sequence[ChatTool], *, parallel: bool) -> dict[str, Any]:
+    """The schema of a list of calls of these tools, at least one."""
+    definitions: dict[str, Any] = {}
+    calls: list[dict[str, Any]] = []
+    for number, tool in enumerate(tools):
+        parameters = _moved(tool.function.parameters or _EMPTY_SCHEMA, f"tool{number}")
+        definitions[f"tool{number}"] = parameters
+        calls.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "const": tool.function.name},
+                    "parameters": {"$ref": f"#/$defs/tool{number}"},
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    if not parallel:
+        schema["maxItems"] = 1
+    return {**schema, "$defs": definitions}
+
+
+def _moved(schema: Any, name: str) -> Any:
+    """The schema as it reads when it lies under `#/$defs/name`: its references lead there."""
+    if isinstance(schema, list):
+        return [_moved(entry, name) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, name) for key, value in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        moved["$ref"] = f"#/$defs/{name}{target[1:]}"
+    return moved
