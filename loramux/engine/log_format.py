@@ -15,6 +15,7 @@ from typing import Any, Final
 
 FORMATS: Final = ("text", "json")
 
+_console: Final = logging.getLogger("loramux.console")
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _PLAIN: Final = re.compile(r"[\w.:/@+%~,-]+", re.ASCII)
 _INDENT: Final = "\n    | "
@@ -31,6 +32,17 @@ def set_up(level: int, log_format: str, *, process: str = "") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process) if log_format == "json" else TextFormatter(process))
     logging.basicConfig(level=level, handlers=[handler])
+    _console.setLevel(logging.INFO)
+    _console.propagate = log_format == "json"
+    if log_format == "text" and not _console.handlers:
+        plain = logging.StreamHandler(sys.stderr)
+        plain.setFormatter(logging.Formatter("loramux: %(message)s"))
+        _console.addHandler(plain)
+
+
+def say(line: str) -> None:
+    """A line for the person who started the process, whatever the log level."""
+    _console.info("%s", escape(line))
 
 
 def escape(text: str) -> str:
@@ -94,8 +106,9 @@ def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
 
 def _shown(value: object) -> str:
     """A field's value: plain words as they are, everything else in quotes."""
-    text = value if isinstance(value, str) else str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(escape(text), ensure_ascii=False)
+    if not isinstance(value, str):
+        return json.dumps(value, default=str)
+    return value if _PLAIN.fullmatch(value) else json.dumps(escape(value), ensure_ascii=False)
 
 
 def _escaped(char: str) -> str:

@@ -51,7 +51,10 @@ class EdgeLayer:
             if message["type"] == "http.response.start":
                 started = True
                 scope["loramux.status"] = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if (trace := scope.get("loramux.traceresponse")) is not None:
+                    headers["traceresponse"] = trace
             await send(message)
 
         at_end = scope[_AT_END] = contextlib.ExitStack()

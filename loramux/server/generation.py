@@ -159,6 +159,8 @@ class Generator:
         queued = {request.request_id: len(request.prompt_token_ids) for request in call.requests}
         record = current_call()
         followed = record.start(call.requests, n=call.params.n)
+        if record.keeps_prompts:
+            record.prompts += [self._text_of(prompt) for prompt in call.prompts]
         self.num_calls += 1
         try:
             async with self._engine.open(call.requests) as sequences:
@@ -177,6 +179,8 @@ class Generator:
                             delta.finish_reason,
                             delta.num_cached_tokens,
                         )
+                        if record.keeps_outputs:
+                            followed[delta.index].add_text(delta.text)
                         if delta.finish_reason is not None and output.finish_reason is None:
                             sequences.abort(output.request_id)  # a stop string ended it
                         yield delta
@@ -184,6 +188,10 @@ class Generator:
                     patience.cancel()
         finally:
             self.num_calls -= 1
+
+    def _text_of(self, prompt: Prompt) -> str:
+        """For the log, if the operator wants prompts there."""
+        return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
     def _patience(self, sequences: SequenceStream) -> asyncio.TimerHandle:
         """Fails sequences of which none has begun in time; cancelled by the first token of any."""

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from typing import Final
@@ -30,8 +29,10 @@ from loramux.server.app import build_app, build_services
 from loramux.server.config import Config, ServerConfig
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.http_protocol import allow_open_files, bounded_protocol
+from loramux.server.listener import Listener
 from loramux.server.model_folder import find_model_folder
 from loramux.server.services import Services
+from loramux.server.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class _Server:
         self._config = config
         self._engine_command = engine_command
         self._engine: EngineKeeper | None = None
+        self._tls = Tls(config.server) if config.server.ssl_certfile else None
         self._stop = asyncio.Event()  # a signal came
         self._force = asyncio.Event()  # and another one
         self._http: _Uvicorn | None = None
@@ -82,7 +84,7 @@ class _Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-        listener = _bind(self._config.server)
+        listener = Listener(self._config.server)
         try:
             services = await self._unless_stopped(self._start())
             if services is not None:
@@ -157,14 +159,16 @@ class _Server:
         if services.desired is not None:
             await services.desired.stop()
         await services.manager.aclose()
+        await services.grammars.aclose()
         services.uploads.close()
         services.access.close()
+        await services.observer.aclose()
 
-    async def _serve(self, services: Services, listener: socket.socket) -> None:
+    async def _serve(self, services: Services, listener: Listener) -> None:
         server = self._config.server
         self._services = services
-        self._http = _Uvicorn(_uvicorn_config(services, server))
-        serving = asyncio.ensure_future(self._http.serve(sockets=[listener]))
+        self._http = _Uvicorn(_uvicorn_config(services, server, self._tls))
+        serving = asyncio.ensure_future(self._http.serve(sockets=[listener.socket]))
         await self._http.listening.wait()
         address = _address(server, listener)
         has_keys = self._config.access.has_keys
@@ -224,8 +228,8 @@ class _Uvicorn(uvicorn.Server):
         self.listening.set()
 
 
-def _uvicorn_config(services: Services, server: ServerConfig) -> uvicorn.Config:
-    return uvicorn.Config(
+def _uvicorn_config(services: Services, server: ServerConfig, tls: Tls | None) -> uvicorn.Config:
+    config = uvicorn.Config(
         build_app(services),
         http=bounded_protocol(server.connections, services.generator.admission.rejections),
         lifespan="off",
@@ -235,12 +239,10 @@ def _uvicorn_config(services: Services, server: ServerConfig) -> uvicorn.Config:
         forwarded_allow_ips=services.config.access.forwarded_allow_ips,
         timeout_keep_alive=server.timeout_keep_alive_s,
         timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
-        ssl_keyfile=server.ssl_keyfile,
-        ssl_certfile=server.ssl_certfile,
-        ssl_ca_certs=server.ssl_ca_certs,
-        ssl_cert_reqs=server.ssl_cert_reqs,
-        ssl_ciphers=server.ssl_ciphers or "TLSv1",
     )
+    config.load()
+    config.ssl = tls.context if tls is not None else None
+    return config
 
 
 def _bind(server: ServerConfig) -> socket.socket:
@@ -273,8 +275,7 @@ _STARTED_S: Final = time.monotonic()  # about when the process started: this mod
 
 def _say(line: str) -> None:
     """A line for the person who started the server."""
-    sys.stderr.write(f"loramux: {line}\n")
-    sys.stderr.flush()
+    log_lines.say(line)
 
 
 def _set_up_logging(level: str, log_format: str) -> None:

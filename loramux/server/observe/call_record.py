@@ -16,6 +16,7 @@ from typing import Final
 from loramux.engine.types import Request, SequenceTiming
 from loramux.server.observe.buckets import FIRST_TOKEN_S, TOKEN_S
 from loramux.server.observe.series import Histogram
+from loramux.server.observe.trace_context import TraceContext
 
 
 class TokenMetrics:
@@ -44,6 +45,12 @@ class SequenceRecord:
     prefill_s: float | None = None  # from its first step to its first token
     num_preemptions: int = 0
     finish_reason: str | None = None  # None: it was given up, or failed
+    text: list[str] | None = None  # what it said, in pieces, if that is to be logged
+
+    def add_text(self, piece: str) -> None:
+        """It said more."""
+        if self.text is not None:
+            self.text.append(piece)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +66,7 @@ class CallRecord:
     status: int | None = None  # None: the client left before the answer began
     request_id: str = ""
     key_id: str | None = None
-    trace_id: str | None = None
+    trace: TraceContext | None = None
     error: str | None = None  # code of the error that the client was told, or would have been
     model: str | None = None  # as asked for
     adapter: str | None = None  # its name
@@ -73,6 +80,9 @@ class CallRecord:
     temperature: float = 1.0
     top_p: float = 1.0
     sequences: list[SequenceRecord] = field(default_factory=list)
+    keeps_prompts: bool = False  # the operator wants them in the log
+    keeps_outputs: bool = False
+    prompts: list[str] = field(default_factory=list)
 
     @contextmanager
     def waiting_for(self, adapter: str) -> Iterator[None]:
@@ -97,6 +107,8 @@ class CallRecord:
         self.n, self.max_tokens = n, sampling.max_tokens
         self.temperature, self.top_p = sampling.temperature, sampling.top_p
         sequences = [SequenceRecord(len(request.prompt_token_ids)) for request in requests]
+        for sequence in sequences if self.keeps_outputs else ():
+            sequence.text = []
         self.sequences += sequences
         return sequences
 
@@ -125,6 +137,21 @@ class CallRecord:
         """The engine told how long a sequence took; with its first token, and again with its last."""
         sequence.queue_s, sequence.prefill_s = timing.queue_s, timing.prefill_s
         sequence.num_preemptions = timing.num_preemptions
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts, each counted once however many choices it has."""
+        return sum(sequence.num_prompt for sequence in self.sequences[:: max(self.n, 1)])
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of these, those that the prefix cache had."""
+        return sum(sequence.num_cached for sequence in self.sequences[:: max(self.n, 1)])
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all choices."""
+        return sum(sequence.num_output for sequence in self.sequences)
 
     @property
     def is_inference(self) -> bool:

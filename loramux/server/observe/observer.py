@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Collection
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramux.server.access.caller import caller_of
 from loramux.server.observe.call_record import CallRecord, enter_call, leave_call
 from loramux.server.observe.metrics import Metrics
 from loramux.server.observe.request_log import RequestLog
+from loramux.server.observe.span_sink import SpanSink
+from loramux.server.observe.trace_context import new_trace, read_trace
 
 
 class Observer:
@@ -19,11 +23,25 @@ class Observer:
     Args:
         metrics: where they are counted.
         log: where they are written down.
+        spans: where their traces go; None = nowhere.
+        keeps_prompts: prompts are noted, for the log.
+        keeps_outputs: and answers.
     """
 
-    def __init__(self, metrics: Metrics, log: RequestLog) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        log: RequestLog,
+        *,
+        spans: SpanSink | None = None,
+        keeps_prompts: bool = False,
+        keeps_outputs: bool = False,
+    ) -> None:
         self.metrics = metrics
         self._log = log
+        self._spans = spans
+        self._keeps_prompts = keeps_prompts
+        self._keeps_outputs = keeps_outputs
         self._calls: set[CallRecord] = set()
         metrics.calls = self._calls
 
@@ -34,7 +52,18 @@ class Observer:
 
     def begin(self, scope: Scope) -> CallRecord:
         """A request arrived."""
-        call = CallRecord(self.metrics.requests.tokens, method=scope["method"], path=scope["path"])
+        call = CallRecord(
+            self.metrics.requests.tokens,
+            method=scope["method"],
+            path=scope["path"],
+            keeps_prompts=self._keeps_prompts,
+            keeps_outputs=self._keeps_outputs,
+        )
+        call.trace = read_trace(Headers(scope=scope))
+        if call.trace is None and self._spans is not None:
+            call.trace = new_trace()
+        if call.trace is not None:
+            scope["loramux.traceresponse"] = call.trace.response_header
         self._calls.add(call)
         return call
 
@@ -48,6 +77,13 @@ class Observer:
         call.key_id = caller_of(scope).key_id
         self.metrics.finished(call)
         self._log.finished(call)
+        if self._spans is not None and call.is_inference:
+            self._spans.send(call)
+
+    async def aclose(self) -> None:
+        """Send what is still queued."""
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
 
 
 class ObserveLayer:

@@ -21,11 +21,15 @@ class RequestLog:
     Args:
         access_lines: whether other requests get lines.
         quiet_paths: paths whose requests get none.
+        max_chars: of a prompt or an answer, where these are logged; None = all.
     """
 
-    def __init__(self, *, access_lines: bool, quiet_paths: Collection[str] = ()) -> None:
+    def __init__(
+        self, *, access_lines: bool, quiet_paths: Collection[str] = (), max_chars: int | None = None
+    ) -> None:
         self._access_lines = access_lines
         self._quiet_paths = frozenset(quiet_paths)
+        self._max_chars = max_chars
 
     def finished(self, call: CallRecord) -> None:
         """Write the line."""
@@ -36,7 +40,13 @@ class RequestLog:
             return
         shown = call.route or call.path[:_MAX_PATH_CHARS]
         status = call.status if call.status is not None else "-"
-        logger.log(level, "%s %s %s", call.method, shown, status, extra=_fields(call))
+        fields = _fields(call)
+        if call.prompts:
+            fields["prompts"] = [prompt[: self._max_chars] for prompt in call.prompts]
+        if call.keeps_outputs and call.sequences:
+            texts = ("".join(sequence.text or ()) for sequence in call.sequences)
+            fields["outputs"] = [text[: self._max_chars] for text in texts]
+        logger.log(level, "%s %s %s", call.method, shown, status, extra=fields)
 
 
 def _fields(call: CallRecord) -> dict[str, Any]:
@@ -44,7 +54,7 @@ def _fields(call: CallRecord) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "request_id": call.request_id or None,
         "key_id": call.key_id,
-        "trace_id": call.trace_id,
+        "trace_id": call.trace.trace_id if call.trace else None,
         "status": call.status,
         "route": call.route,
         "model": call.model,
@@ -53,12 +63,11 @@ def _fields(call: CallRecord) -> dict[str, Any]:
         "error": call.error or (CLIENT_GONE if call.status is None else None),
     }
     if call.sequences:
-        sequences = call.sequences
-        queued = [sequence.queue_s for sequence in sequences if sequence.queue_s is not None]
+        queued = [sequence.queue_s for sequence in call.sequences if sequence.queue_s is not None]
         fields |= {
-            "prompt_tokens": sum(sequence.num_prompt for sequence in sequences[:: max(call.n, 1)]),
-            "cached_tokens": sum(sequence.num_cached for sequence in sequences[:: max(call.n, 1)]),
-            "output_tokens": sum(sequence.num_output for sequence in sequences),
+            "prompt_tokens": call.num_prompt_tokens,
+            "cached_tokens": call.num_cached_tokens,
+            "output_tokens": call.num_output_tokens,
             "n": call.n,
             "adapter_wait_ms": _ms(call.adapter_wait_s) if call.had_to_load else None,
             "queue_ms": _ms(max(queued)) if queued else None,
