@@ -114,7 +114,7 @@ BAD_REQUESTS: Final = [
     _with_prompt("stream_options without stream", "stream_options", {"include_usage": True}, "stream"),
     _with_prompt("suffix", "suffix", "end", "not supported"),
     _with_prompt("beam search", "use_beam_search", True, "not supported"),
-    _with_prompt("JSON mode", "response_format", {"type": "json_object"}, "json_object"),
+    _with_prompt("an unknown format", "response_format", {"type": "xml"}, "json_object"),
     _with_prompt("long salt", "cache_salt", "x" * 200, "128", "200"),
     _with_prompt("truncate to nothing", "truncate_prompt_tokens", 0, "0"),
 ]

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from loramux.engine.errors import InvalidRequest
@@ -33,6 +34,7 @@ END: Final = "<|loramux:end of grammar|>"
 MAX_LEXER_STATES: Final = 50_000  # 1 to 2 KB each; a schema of a page needs some hundreds
 PARSER_LIMITS: Final = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 _MAX_REASON_CHARS: Final = 300
+_LARK_STARTS: Final = ("start:", "start :", "?start", "%llguidance")
 
 _SOURCES: Final[dict[str, Callable[[str], str]]] = {
     "json_schema": LLMatcher.grammar_from_json_schema,
@@ -62,12 +64,30 @@ def load_tokenizer(folder: Path) -> LLTokenizer:
         ) from error
 
 
+def translate(spec: GrammarSpec) -> GrammarSpec:
+    """The same grammar in a form that llguidance takes; may take time for a hostile text.
+
+    Raises:
+        InvalidRequest: it is neither GBNF nor Lark.
+    """
+    if spec.kind != "ebnf":
+        return spec
+    if "::=" not in spec.text or spec.text.lstrip().startswith(_LARK_STARTS):
+        return GrammarSpec("lark", spec.text)
+    try:
+        return GrammarSpec("lark", gbnf_to_lark(spec.text))
+    except Exception as error:  # the converter raises bare exceptions
+        reason = f"the grammar cannot be read as GBNF: {_reason(str(error))}"
+        raise InvalidRequest(reason, param=PARAM) from error
+
+
 def compile_grammar(spec: GrammarSpec, tokenizer: LLTokenizer) -> LLMatcher:
     """A matcher at the start of the grammar, to make copies of.
 
     Raises:
         InvalidRequest: the grammar is wrong, too large, or no text can match it.
     """
+    spec = translate(spec)
     try:
         source = _SOURCES[spec.kind](spec.text)
     except ValueError as error:

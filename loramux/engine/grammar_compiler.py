@@ -29,6 +29,7 @@ from loramux.engine.types import GrammarSpec
 CACHE_UNITS: Final = 128  # a grammar counts one, and one more for each UNIT_S that it took
 UNIT_S: Final = 0.05  # compiled size is not known; it grows with the time
 CACHE_TEXT_BYTES: Final = 4 << 20
+NUM_THREADS: Final = 2  # a slow grammar holds up one of them
 MAX_ABANDONED: Final = 2  # threads left behind by compilations that took too long
 
 
@@ -37,6 +38,7 @@ class _Job:
     spec: GrammarSpec
     matchers: list[GrammarMatcher] = field(default_factory=list)
     began_s: float | None = None  # set by its thread
+    thread: threading.Thread | None = None
     is_abandoned: bool = False
 
 
@@ -63,7 +65,7 @@ class GrammarCompiler:
         self._done: queue.SimpleQueue[tuple[_Job, LLMatcher | LoramuxError, float]] = queue.SimpleQueue()
         self._pending: dict[GrammarSpec, _Job] = {}
         self._num_abandoned = 0
-        self._thread: threading.Thread | None = None  # started by the first grammar
+        self._threads: list[threading.Thread] = []  # started by the first grammars
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
 
@@ -124,10 +126,11 @@ class GrammarCompiler:
         select.select([self._wake_read.fileno(), *others], [], [], timeout_s)
 
     def close(self) -> None:
-        """End the thread after its current job."""
-        self._jobs.put(None)
-        if self._thread is not None:
-            self._thread.join(1.0)
+        """End the threads after their current jobs."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(1.0)
         self._wake_read.close()
         self._wake_write.close()
 
@@ -157,18 +160,19 @@ class GrammarCompiler:
                 f"the grammar takes longer than {self._timeout_s:g} s to compile (--grammar-compile-timeout)"
             )
             failures += [(m.request_id, InvalidRequest(message, param=PARAM)) for m in job.matchers]
-            self._thread = None
+            self._threads = [thread for thread in self._threads if thread is not job.thread]
             self._start_thread()
         return failures
 
     def _start_thread(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="grammar-compiler", daemon=True)
-            self._thread.start()
+        if len(self._threads) < NUM_THREADS:
+            self._threads.append(threading.Thread(target=self._run, name="grammar-compiler", daemon=True))
+            self._threads[-1].start()
 
     def _run(self) -> None:
         step_back()
         while (job := self._jobs.get()) is not None:
+            job.thread = threading.current_thread()
             job.began_s = began_s = time.monotonic()
             try:
                 result: LLMatcher | LoramuxError = self._compile(job)

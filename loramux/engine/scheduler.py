@@ -320,6 +320,11 @@ class Scheduler:
                 [None, *seq.prompt_logprobs] if first and seq.sampling.prompt_logprobs is not None else None
             ),
             timing=timing,
+            last_is_text=(
+                reason == "stop"
+                and sampled is not None
+                and sampled.token_id not in seq.sampling.end_token_ids
+            ),
         )
 
     def _preempt(self, seq: Sequence) -> None:

@@ -92,8 +92,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     logprobs: list[TokenLogprobs] | None = None  # one a new token, when asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, when asked for
-    last_is_text: bool = False  # "stop" because a grammar is complete: the last token belongs to the text
     timing: SequenceTiming | None = None  # with the first token and with the last
+    last_is_text: bool = False  # "stop" because a grammar is complete: the last token belongs to the text
 
 
 class TensorRef(msgspec.Struct, frozen=True, array_like=True):

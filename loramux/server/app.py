@@ -190,6 +190,8 @@ def _add_layers(app: FastAPI, server: ServerConfig, services: Services) -> None:
     routes = app.state.route_table = RouteTable(app.routes, guard_metrics=access.config.guard_metrics)
     app.add_middleware(HeadLayer)
     app.add_middleware(AccessLayer, keys=access.keys, routes=routes, audit=access.audit)
+    if access.config.allowed_hosts:
+        app.add_middleware(HostLayer, hosts=access.config.allowed_hosts, routes=routes)
     app.add_middleware(DrainLayer, drain=services.drain)
     app.add_middleware(TrailingSlashLayer)
     app.add_middleware(EdgeLayer)
@@ -203,5 +205,3 @@ def _add_layers(app: FastAPI, server: ServerConfig, services: Services) -> None:
             allow_credentials=server.allow_credentials,
             expose_headers=EXPOSED_HEADERS,
         )
-    if access.config.allowed_hosts:
-        app.add_middleware(HostLayer, hosts=access.config.allowed_hosts, routes=routes)

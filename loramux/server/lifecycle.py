@@ -23,7 +23,7 @@ import uvloop
 
 from loramux.engine import log_format as log_lines
 from loramux.engine.client import ENGINE_COMMAND
-from loramux.engine.errors import EngineDead, InvalidConfig, LoramuxError
+from loramux.engine.errors import EngineDead, LoramuxError
 from loramux.server.adapter_start import Replay, load_modules
 from loramux.server.app import build_app, build_services
 from loramux.server.config import Config, ServerConfig
@@ -96,6 +96,8 @@ class _Server:
 
     def _on_hangup(self) -> None:
         """Look again at what may change while the server runs."""
+        if self._tls is not None:
+            self._tls.refresh()
         if self._services is not None:
             self._reload = asyncio.ensure_future(self._services.access.reload())
 
@@ -170,14 +172,17 @@ class _Server:
         self._http = _Uvicorn(_uvicorn_config(services, server, self._tls))
         serving = asyncio.ensure_future(self._http.serve(sockets=[listener.socket]))
         await self._http.listening.wait()
-        address = _address(server, listener)
+        address = listener.address
         has_keys = self._config.access.has_keys
-        if not has_keys and server.host in ("127.0.0.1", "localhost", "::1"):
+        if not has_keys and server.uds is not None:
+            _say("no --api-key: everybody who may open the socket's file can use the server")
+        elif not has_keys and listener.is_local:
             _say("no --api-key: only this machine can connect; --host 0.0.0.0 opens it to others")
         elif not has_keys:
             _say(f"warning: no --api-key: everybody who reaches {address} can use the server")
         _say(f"ready on {address} in {time.monotonic() - _STARTED_S:.1f} s")
-        await _first(self._stop.wait(), services.engine.wait_dead(), serving)
+        refresh = self._tls.watch() if self._tls is not None and server.ssl_refresh else self._stop.wait()
+        await _first(self._stop.wait(), services.engine.wait_dead(), serving, refresh)
         has_failed = not self._stop.is_set()
         _say("stopping" if self._stop.is_set() else f"error: {services.engine.problem}")
         await self._drain(services, server.shutdown_timeout_s)
@@ -243,31 +248,6 @@ def _uvicorn_config(services: Services, server: ServerConfig, tls: Tls | None) -
     config.load()
     config.ssl = tls.context if tls is not None else None
     return config
-
-
-def _bind(server: ServerConfig) -> socket.socket:
-    """A bound socket that does not listen yet.
-
-    Raises:
-        InvalidConfig: the address is wrong or taken.
-    """
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((server.host, server.port))
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or str(error)
-        message = f"cannot listen on {server.host} port {server.port}: {reason} (--host, --port)"
-        raise InvalidConfig(message, param="--port") from error
-    return listener
-
-
-def _address(server: ServerConfig, listener: socket.socket) -> str:
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    scheme = "https" if server.ssl_certfile else "http"
-    return f"{scheme}://{host}:{listener.getsockname()[1]}"
 
 
 _STARTED_S: Final = time.monotonic()  # about when the process started: this module is imported first

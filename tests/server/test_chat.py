@@ -162,7 +162,7 @@ def test_adapter_answers_a_chat(http: httpx.Client) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options", ["stream"]),
         ({"chat_template": "{{ 1 }}"}, "chat_template", ["--chat-template"]),
         ({"tools": [{"type": "function"}]}, "tools[0].function", ["required"]),
-        ({"response_format": {"type": "json_object"}}, "response_format", ["json_object"]),
+        ({"response_format": {"type": "xml"}}, "response_format", ["json_object", "xml"]),
         ({"max_tokens": 0}, "max_tokens", ["at least 1", "0"]),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", ["both"]),
     ],

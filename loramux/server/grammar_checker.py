@@ -1,0 +1,215 @@
+"""Grammars are tried before their request is queued, in processes that can be ended.
+
+A grammar that was tried is remembered, good or bad, so that a schema which comes with every request
+costs once, and so does a bomb. Equal grammars that arrive together are tried once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from loramux.engine.errors import InvalidRequest, Overloaded
+from loramux.engine.types import GrammarSpec
+from loramux.server.limits import Limits
+from loramux.server.structured import requested_grammar
+
+logger = logging.getLogger(__name__)
+
+CHECK_COMMAND: Final = (sys.executable, "-m", "loramux.engine.grammar_check")
+_LENGTH_BYTES: Final = 4  # of a frame's length; see the command
+_MAX_PROCESSES: Final = 2
+_START_TIMEOUT_S: Final = 60.0
+_MAX_REMEMBERED: Final = 512
+_MAX_REMEMBERED_CHARS: Final = 4 << 20
+
+
+class _Verdict(msgspec.Struct, frozen=True, array_like=True):
+    spec: GrammarSpec | None
+    reason: str = ""
+
+
+class GrammarChecker:
+    """Says whether a grammar can be used, within a time that holds.
+
+    Args:
+        tokenizer_folder: has tokenizer.json.
+        limits: what one grammar may be, and how many may be tried at a time.
+        timeout_s: for one grammar.
+        command: the program that tries grammars.
+    """
+
+    def __init__(
+        self,
+        tokenizer_folder: Path,
+        *,
+        limits: Limits,
+        timeout_s: float,
+        command: Sequence[str] = CHECK_COMMAND,
+    ) -> None:
+        self._arguments = (*command, str(tokenizer_folder), str(timeout_s))
+        self._limits = limits
+        self._timeout_s = timeout_s
+        self._remembered: OrderedDict[GrammarSpec, _Verdict] = OrderedDict()
+        self._num_chars = 0  # of what is remembered
+        self._flights: dict[GrammarSpec, asyncio.Task[_Verdict]] = {}
+        self._idle: list[_Process] = []
+        self._slots = asyncio.Semaphore(_MAX_PROCESSES)
+
+    async def requested(
+        self,
+        response_format: Mapping[str, Any] | None,
+        structured_outputs: Mapping[str, Any] | None,
+        *,
+        tools: GrammarSpec | None = None,
+    ) -> GrammarSpec | None:
+        """The grammar that these fields of a request ask for, tried; None if they ask for none.
+
+        Args:
+            response_format: OpenAI's field.
+            structured_outputs: vLLM's.
+            tools: what the choice of a tool asks for; wins over the others.
+
+        Raises:
+            InvalidRequest: it cannot be used; `param` is the field at fault.
+            Overloaded: too many others are being tried.
+        """
+        asked = requested_grammar(response_format, structured_outputs, self._limits)
+        if tools is not None:
+            return await self.check(tools, param="tools")
+        return None if asked is None else await self.check(asked.spec, param=asked.param)
+
+    async def check(self, spec: GrammarSpec, *, param: str) -> GrammarSpec:
+        """Try a grammar; returns what to give to the engine.
+
+        Raises:
+            InvalidRequest, Overloaded: as `requested`.
+        """
+        verdict = self._remembered.get(spec)
+        if verdict is None:
+            verdict = await asyncio.shield(self._flight(spec))  # others may wait for it, too
+        else:
+            self._remembered.move_to_end(spec)
+        if verdict.spec is None:
+            raise InvalidRequest(f"{param}: {verdict.reason}", param=param)
+        return verdict.spec
+
+    async def aclose(self) -> None:
+        """End the processes."""
+        flights = list(self._flights.values())
+        for task in flights:
+            task.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        for process in self._idle:
+            await process.end()
+        self._idle.clear()
+
+    def _flight(self, spec: GrammarSpec) -> asyncio.Task[_Verdict]:
+        task = self._flights.get(spec)
+        if task is not None:
+            return task
+        limit = self._limits.grammars_in_flight
+        if len(self._flights) >= limit:
+            raise Overloaded(f"{limit} grammars are being compiled already (--max-grammars-in-flight)")
+        task = self._flights[spec] = asyncio.get_running_loop().create_task(self._try(spec))
+        task.add_done_callback(lambda _: self._flights.pop(spec, None))
+        return task
+
+    async def _try(self, spec: GrammarSpec) -> _Verdict:
+        async with self._slots:
+            process = self._idle.pop() if self._idle else _Process()
+            began_s = time.monotonic()
+            verdict: _Verdict | None = None
+            try:
+                await process.start(self._arguments)
+                began_s = time.monotonic()
+                verdict = await asyncio.wait_for(process.ask(spec), self._timeout_s)
+                self._idle.append(process)
+            except _NoTokenizer as error:
+                return _Verdict(None, str(error))  # not remembered: the grammar is not at fault
+            except TimeoutError:
+                limit = f"{self._timeout_s:g} s (the server's --grammar-compile-timeout)"
+                verdict = _Verdict(None, f"the grammar takes longer than {limit} to compile")
+            except (EOFError, OSError):
+                verdict = _Verdict(None, "the grammar takes too much memory to compile")
+            finally:
+                if process not in self._idle:
+                    await process.end()
+            if verdict.spec is None:
+                seconds = time.monotonic() - began_s
+                logger.debug("a grammar was refused after %.3f s: %s", seconds, verdict.reason)
+            self._remember(spec, verdict)
+            return verdict
+
+    def _remember(self, spec: GrammarSpec, verdict: _Verdict) -> None:
+        self._remembered[spec] = verdict
+        self._num_chars += len(spec.text)
+        while len(self._remembered) > _MAX_REMEMBERED or self._num_chars > _MAX_REMEMBERED_CHARS:
+            oldest, _ = self._remembered.popitem(last=False)
+            self._num_chars -= len(oldest.text)
+
+
+class _NoTokenizer(Exception):
+    """The program cannot try any grammar of this model."""
+
+
+class _Process:
+    """One process that tries grammars, one after the other."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self, arguments: Sequence[str]) -> None:
+        """Start the program, unless it runs, and wait until it can take grammars."""
+        if self._process is not None and self._process.returncode is None:
+            return
+        self._process = await asyncio.create_subprocess_exec(
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,  # Ctrl-C reaches the server only
+        )
+        try:
+            ready = await asyncio.wait_for(self._read(), _START_TIMEOUT_S)
+        except (TimeoutError, EOFError) as error:
+            raise _NoTokenizer("grammars cannot be compiled on this server now") from error
+        if ready.reason:
+            raise _NoTokenizer(ready.reason)
+
+    async def ask(self, spec: GrammarSpec) -> _Verdict:
+        """What the program says about a grammar.
+
+        Raises:
+            EOFError, OSError: it ended.
+        """
+        assert self._process is not None
+        assert self._process.stdin is not None
+        frame = msgspec.msgpack.encode(spec)
+        self._process.stdin.write(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
+        await self._process.stdin.drain()
+        return await self._read()
+
+    async def end(self) -> None:
+        """Kill it."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+    async def _read(self) -> _Verdict:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        head = await self._process.stdout.readexactly(_LENGTH_BYTES)
+        frame = await self._process.stdout.readexactly(int.from_bytes(head, "big"))
+        return msgspec.msgpack.decode(frame, type=_Verdict)
