@@ -31,8 +31,8 @@ from loramux.server.api_config import ApiConfig, api_config
 from loramux.server.engine_care import EngineCare, engine_care
 from loramux.server.flag import Flag
 from loramux.server.limits import Limits
-from loramux.server.tool_config import ToolConfig, tool_config
 from loramux.server.observe.observe_config import ObserveConfig, observe_config
+from loramux.server.tool_config import ToolConfig, tool_config
 
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
 

@@ -34,6 +34,13 @@ def parse_length(text: str) -> int:
     return -1 if text.strip() == "auto" else parse_count(text)
 
 
+def parse_permissions(text: str) -> int:
+    """`660` = 0o660."""
+    if re.fullmatch(r"(0o?)?[0-7]{3}", text.strip()) is None:
+        raise argparse.ArgumentTypeError(f"expected three octal digits such as 660, got {text!r}")
+    return int(text, 8)
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
     """One flag that has an effect."""

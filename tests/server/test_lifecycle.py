@@ -95,6 +95,62 @@ def test_shutdown_timeout_lets_running_answers_finish(text_model: Path) -> None:
         assert server.wait_ended() == 0
 
 
+def test_a_draining_server_says_so_and_begins_nothing_new(text_model: Path) -> None:
+    arguments = (str(text_model), "--shutdown-timeout=60", "--served-model-name=tiny")
+    body = {**SLOW, "max_tokens": 300, "stream": True}
+    with running_server(*arguments, command=COMMAND) as server, server.client() as http:
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: http.get("/ready").status_code == 503)
+
+            refused = http.post("/v1/completions", json={"prompt": "a"})
+
+            assert http.get("/ready").json()["reasons"] == ["the server is draining: it shuts down"]
+            assert http.get("/health").status_code == http.head("/health").status_code == 200
+            assert http.get("/v1/models").status_code == 200
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
+            assert refused.headers["connection"] == "close"
+            assert refused.headers["retry-after"]
+            assert refused.headers["x-request-id"]
+            rest = [line for line in lines if line]
+
+        assert rest[-1] == "data: [DONE]"
+        assert server.wait_ended() == 0
+
+
+def test_the_time_for_draining_ends_with_one_error_for_each_stream(text_model: Path) -> None:
+    with (
+        running_server(str(text_model), "--shutdown-timeout=0.3", command=COMMAND) as server,
+        server.client() as http,
+        http.stream("POST", "/v1/completions", json={**SLOW, "stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+
+        assert '"code":"engine_unavailable"' in rest[-1]
+        assert server.wait_ended() == 0
+
+
+def test_a_second_signal_ends_the_draining(text_model: Path) -> None:
+    with (
+        running_server(str(text_model), "--shutdown-timeout=600", command=COMMAND) as server,
+        server.client() as http,
+        http.stream("POST", "/v1/completions", json={"prompt": "!stuck", "stream": True}) as response,
+    ):
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: http.get("/ready").status_code == 503)
+        server.process.send_signal(signal.SIGTERM)
+        lines = [line for line in response.iter_lines() if line]
+
+        assert '"error"' in lines[-1]
+        assert server.wait_ended() == 0
+
+
 def test_engine_death_fails_what_runs_once(own_server: RunningServer) -> None:
     answers: list[httpx.Response] = []
     with own_server.client() as http:
