@@ -24,6 +24,8 @@ from loramux.server.message_parser import (
     TextPart,
     join_parts,
 )
+from loramux.server.observe.call_record import current_call
+from loramux.server.request_metrics import request_metrics
 from loramux.server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -38,7 +40,7 @@ from loramux.server.schemas.chat import (
     ToolCall,
     ToolCallDelta,
 )
-from loramux.server.schemas.common import UNSET, UnsetType, Usage
+from loramux.server.schemas.common import UNSET, RequestMetrics, UnsetType, Usage
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.usage import UsageCounter
 
@@ -56,6 +58,7 @@ class ChatAnswer:
         answer_id: "chatcmpl-...".
         tokenizer: for log-probabilities.
         role: of the answer, "assistant" unless the operator says otherwise.
+        with_metrics: show the times of the request.
     """
 
     def __init__(
@@ -68,11 +71,13 @@ class ChatAnswer:
         answer_id: str,
         tokenizer: Tokenizer,
         role: str,
+        with_metrics: bool = False,
     ) -> None:
         self._body = body
         self._call = call
         self._tokenizer = tokenizer
         self._role = role
+        self._with_metrics = with_metrics
         self._usage = UsageCounter(call)
         self._reasons = plan.reasoning is not None
         self._parsers = [
@@ -112,6 +117,8 @@ class ChatAnswer:
                 prompt_logprobs(prompt_positions, self._tokenizer) if prompt_positions is not None else UNSET
             ),
             prompt_token_ids=self._prompt_token_ids(),
+            prompt_text=self._prompt_text(),
+            metrics=self._metrics(),
         )
         return msgspec.json.encode(answer)
 
@@ -152,8 +159,11 @@ class ChatAnswer:
                 for chunk in self._chunks(delta, messages or [ChatDelta()], usage):
                     yield chunk
         if with_usage:
-            yield self._event([], self._total())
+            yield self._event([], self._total(), metrics=self._metrics())
         yield sse.DONE
+
+    def _metrics(self) -> RequestMetrics | UnsetType | None:
+        return request_metrics(current_call()) if self._with_metrics else UNSET
 
     def _messages(self, parts: list[MessagePart]) -> list[ChatDelta]:
         """What parts are on the wire, one a chunk."""
@@ -191,8 +201,7 @@ class ChatAnswer:
                 stop_reason=delta.stop_reason if finish_reason else UNSET,
                 token_ids=(delta.token_ids if number == 0 else []) if self._body.return_token_ids else UNSET,
             )
-            prompt_token_ids = self._prompt_token_ids() if is_first and number == 0 else UNSET
-            chunks.append(self._event([choice], usage, prompt_token_ids))
+            chunks.append(self._event([choice], usage, with_prompt=is_first and number == 0))
         return chunks
 
     def _introduction(self, message: ChatDelta) -> ChatDelta:
@@ -207,10 +216,17 @@ class ChatAnswer:
         self,
         choices: list[ChunkChoice],
         usage: Usage | UnsetType | None,
-        prompt_token_ids: list[int] | UnsetType = UNSET,
+        *,
+        with_prompt: bool = False,
+        metrics: RequestMetrics | UnsetType | None = UNSET,
     ) -> bytes:
         frame = msgspec.structs.replace(
-            self._frame, choices=choices, usage=usage, prompt_token_ids=prompt_token_ids
+            self._frame,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=self._prompt_token_ids() if with_prompt else UNSET,
+            prompt_text=self._prompt_text() if with_prompt else UNSET,
+            metrics=metrics,
         )
         return sse.event(msgspec.json.encode(frame))
 
@@ -227,6 +243,9 @@ class ChatAnswer:
 
     def _prompt_token_ids(self) -> list[int] | UnsetType:
         return self._call.prompts[0].token_ids if self._body.return_token_ids else UNSET
+
+    def _prompt_text(self) -> str | UnsetType:
+        return (self._call.prompts[0].text or "") if self._body.return_prompt_text else UNSET
 
 
 def _call_delta(part: CallPart | ArgumentsPart) -> ToolCallDelta:

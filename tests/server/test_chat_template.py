@@ -80,7 +80,59 @@ def test_sandbox_refuses_what_is_not_formatting(source: str) -> None:
         render(source)
 
 
-def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n else '' }}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_template_that_writes_nothing_ends_as_well(source: str) -> None:
+    template = ChatTemplate(source, {}, max_seconds=0.1)
+
+    with pytest.raises(InvalidRequest, match=r"longer than 0\.1 s"):
+        template.render(HELLO)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 'a' * 3000000000 }}", "{{ ([1] * 3000000000) | length }}", "{{ 9 ** 99999999 }}"]
+)
+def test_products_are_bounded(source: str) -> None:
+    with pytest.raises(InvalidRequest):
+        render(source)
+
+
+def test_products_of_a_reasonable_size_are_allowed() -> None:
+    assert render("{{ '-' * 3 }}{{ 2 * 3 }}") == "---6"
+
+
+@pytest.mark.parametrize(
+    ("source", "reads_parts"),
+    [
+        ("{% for p in messages[0].content %}{{ p.text }}{% endfor %}", True),
+        ("{% for p in messages[0]['content'] %}{{ p['text'] }}{% endfor %}", True),
+        ("{{ messages[0].content }}", False),
+        (
+            "{% if messages[0].content is string %}{{ messages[0].content }}"
+            "{% else %}{% for p in messages[0].content %}{{ p.text }}{% endfor %}{% endif %}",
+            False,
+        ),
+    ],
+)
+def test_template_that_only_reads_parts_is_found_out(source: str, reads_parts: bool) -> None:
+    assert ChatTemplate(source, {}).reads_parts is reads_parts
+    assert ChatTemplate(source, {}, content_format="openai").reads_parts
+    assert not ChatTemplate(source, {}, content_format="string").reads_parts
+
+
+def test_final_message_in_parts_can_be_left_open() -> None:
+    source = "{% for m in messages %}[{% for p in m.content %}{{ p.text }}{% endfor %}]{% endfor %}"
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+
+    assert render(source, messages, continue_final_message=True) == "[hi"
+
+
+def test_output_is_bounded() -> None:
     with pytest.raises(InvalidRequest, match="characters"):
         render("{% for i in range(90000) %}{{ 'x' * 10000 }}{% endfor %}")
 

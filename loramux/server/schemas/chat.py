@@ -87,6 +87,15 @@ class ChatRequest(GenerationRequest):
             message = "continue_final_message and add_generation_prompt cannot both be true"
             raise InvalidRequest(message, param="continue_final_message")
 
+    def echoed_text(self, role: str) -> str:
+        """What `echo` puts in front: the text of a last message that `role` has written."""
+        last = self.messages[-1]
+        if last.role != role:
+            return ""
+        parts = last.content if isinstance(last.content, list) else [{"text": last.content or ""}]
+        text = "\n".join(str(part.get("text", "")) for part in parts)
+        return text.strip() if self.continue_final_message else text  # as the prompt ends then
+
     def template_options(self, allowed: frozenset[str] | None) -> dict[str, Any]:
         """Values for the chat template: `chat_template_kwargs`, and what `reasoning_effort` means.
 
