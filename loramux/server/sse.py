@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from loramux.engine.errors import LoramuxError, Overloaded
 from loramux.server.disconnect import until_disconnect
 from loramux.server.errors import ClientGone, describe
+from loramux.server.observe.call_record import CLIENT_GONE, note_error
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ _HEADERS: Final = {
 def event(json_text: bytes) -> bytes:
     """One event that carries a JSON text without line breaks."""
     return b"data: " + json_text + b"\n\n"
+
+
+def named_event(name: str, json_text: bytes) -> bytes:
+    """One event with a name, as `/v1/responses` has them."""
+    return b"event: " + name.encode() + b"\ndata: " + json_text + b"\n\n"
 
 
 class EventStream(Response):
@@ -80,7 +86,7 @@ class EventStream(Response):
                 on_idle=keep_alive,
             )
         except ClientGone:
-            logger.info("client closed the stream", extra={"request_id": scope.get("loramux.request_id")})
+            note_error(CLIENT_GONE)  # the request's own log line says so
 
     async def _send_events(self, request_id: str | None, send: Send) -> None:
         async with aclosing(self._events) as events:
@@ -145,6 +151,7 @@ class _LateStream(Response):
                 await asyncio.wait((self._task,), timeout=self._keep_alive_s)
             answer = self._task.result()
         except ClientGone:  # found out by the work itself, which is who listens until there are events
+            note_error(CLIENT_GONE)
             return
         except Exception as error:
             if not isinstance(error, LoramuxError):

@@ -35,7 +35,7 @@ class LabelBudget(Generic[T]):
         self._clock = clock
         self._entries: dict[str, T] = {}
         self._other = make()
-        self._busy: OrderedDict[str, float] = OrderedDict()  # names outside, and how busy
+        self.watched: OrderedDict[str, float] = OrderedDict()  # names outside, and how busy
         self._inside: dict[str, float] = {}
         self._faded_s = clock()
 
@@ -58,7 +58,7 @@ class LabelBudget(Generic[T]):
             least = min(self._inside, key=self._inside.__getitem__)
             if busy >= 2.0 * self._inside[least] and busy >= 2.0:
                 del self._entries[least], self._inside[least]
-                del self._busy[name]
+                del self.watched[name]
                 return self._enter(name, busy)
         return self._other
 
@@ -68,10 +68,10 @@ class LabelBudget(Generic[T]):
         return entry
 
     def _watch(self, name: str) -> float:
-        busy = self._busy.pop(name, 0.0) + 1.0
-        self._busy[name] = busy
-        while len(self._busy) > _WATCHED_TIMES * max(self._size, 1):
-            self._busy.popitem(last=False)
+        busy = self.watched.pop(name, 0.0) + 1.0
+        self.watched[name] = busy
+        while len(self.watched) > _WATCHED_TIMES * max(self._size, 1):
+            self.watched.popitem(last=False)
         return busy
 
     def _fade(self) -> None:
@@ -80,6 +80,6 @@ class LabelBudget(Generic[T]):
             return
         factor = 0.5 ** ((now_s - self._faded_s) / _HALF_LIFE_S)
         self._faded_s = now_s
-        for table in (self._inside, self._busy):
+        for table in (self._inside, self.watched):
             for name in table:
                 table[name] *= factor
