@@ -30,7 +30,7 @@ from loramux.server.errors import describe
 
 logger = logging.getLogger(__name__)
 
-_MAX_QUEUED: Final = 10_000  # refusals; an adapter's change is written whatever the queue
+_CLOSE_TIMEOUT_S: Final = 5.0  # a disk that hangs must not keep the server from ending
 _MAX_BATCH: Final = 512
 _MAX_SHOWN: Final = 512  # characters of a name or a path
 
@@ -59,16 +59,24 @@ class AuditLog:
 
     Args:
         path: of the file; made if it does not exist, readable by its owner only.
+        max_queued: lines that may wait for the disk before refusals are only counted.
         clock: Unix seconds.
 
     Raises:
         InvalidConfig: the file cannot be opened.
     """
 
-    def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        max_queued: int = 10_000,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._path = path
+        self._max_queued = max_queued
         self._clock = clock
-        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
         self._num_lost = 0
         self._is_failing = False
         self._file: int | None = None
@@ -105,7 +113,7 @@ class AuditLog:
 
     def denied(self, error: LoramuxError, *, method: str, path: str, name: str | None = None) -> None:
         """A request was refused for who sent it."""
-        if self._queue.qsize() >= _MAX_QUEUED:
+        if self._queue.qsize() >= self._max_queued:
             self._num_lost += 1
             return
         self._put(
@@ -120,15 +128,19 @@ class AuditLog:
             }
         )
 
+    def flush(self) -> None:
+        """Return when everything so far was written, or lost."""
+        if self._writer is not None:
+            written = threading.Event()
+            self._queue.put(written)
+            written.wait()
+
     def close(self) -> None:
         """Write what is left, and end."""
         if self._writer is not None:
             self._queue.put(None)
-            self._writer.join()
+            self._writer.join(_CLOSE_TIMEOUT_S)
             self._writer = None
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
     def _put(self, entry: dict[str, Any]) -> None:
         if self._writer is None:
@@ -145,14 +157,21 @@ class AuditLog:
     def _write_all(self) -> None:
         is_open = True
         while is_open:
-            lines = [self._queue.get()]
+            batch = [self._queue.get()]
             with contextlib.suppress(queue.Empty):
-                while len(lines) < _MAX_BATCH:
-                    lines.append(self._queue.get_nowait())
-            is_open = None not in lines
-            self._write(b"".join(line for line in lines if line is not None))
+                while len(batch) < _MAX_BATCH:
+                    batch.append(self._queue.get_nowait())
+            is_open = None not in batch
+            self._write(b"".join(line for line in batch if isinstance(line, bytes)))
+            for waiting in batch:
+                if isinstance(waiting, threading.Event):
+                    waiting.set()
+        if self._file is not None:
+            os.close(self._file)
 
     def _write(self, data: bytes) -> None:
+        if not data:
+            return
         try:
             self._follow_rotation()
             assert self._file is not None
