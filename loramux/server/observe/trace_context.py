@@ -37,7 +37,7 @@ class TraceContext:
 def read_trace(headers: Headers) -> TraceContext | None:
     """The trace that a request's headers name; None without a valid `traceparent`."""
     given = headers.getlist("traceparent")
-    found = _PARENT.fullmatch(given[0].strip()) if len(given) == 1 else None
+    found = _PARENT.fullmatch(given[0]) if len(given) == 1 else None
     if found is None:
         return None
     version, trace_id, parent_id, flags, more = found.groups()
