@@ -37,7 +37,18 @@ from loramux.server.observe.request_log import RequestLog
 from loramux.server.observe.span_sink import open_span_sink
 from loramux.server.openapi import install_openapi
 from loramux.server.prompts import PromptBuilder
-from loramux.server.routes import adapters, chat, completions, health, lora, metrics, models, tokenize
+from loramux.server.routes import (
+    adapters,
+    chat,
+    completions,
+    health,
+    invocations,
+    lora,
+    metrics,
+    models,
+    render,
+    tokenize,
+)
 from loramux.server.services import Services
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_use import ToolDesk
@@ -172,7 +183,10 @@ def build_app(services: Services) -> FastAPI:
     app.state.services = services
     for route in app.routes:  # the framework's own: the API's description, for whoever has a key
         needs(*SCOPES)(getattr(route, "endpoint"))  # noqa: B009
-    for module in (completions, chat, models, tokenize, health, metrics, adapters, lora):
+    for module in (
+        *(completions, chat, responses, models, tokenize, health, metrics, adapters, lora),
+        *(invocations, render),
+    ):
         app.include_router(module.router)
     app.add_exception_handler(LoramuxError, errors.handle_loramux_error)
     app.add_exception_handler(HTTPException, errors.handle_http_exception)

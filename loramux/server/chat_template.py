@@ -71,6 +71,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             message = f"the chat template is not valid Jinja: {error}"
             raise InvalidConfig(message, param="--chat-template") from error
+        self.source = source
         self._max_seconds = max_seconds
         self.special_tokens = dict(special_tokens)
         self.options = frozenset(names) - RESERVED  # names that a request may set

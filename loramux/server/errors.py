@@ -97,6 +97,10 @@ class RuntimeUpdatesDisabled(LoramuxError):
     """The operator did not allow clients to change adapters."""
 
 
+class RouteDisabled(LoramuxError):
+    """The operator did not switch this route on."""
+
+
 class UnsupportedContent(InvalidRequest):
     """A message brings an image, audio or a file; the model reads text."""
 
@@ -132,6 +136,7 @@ _NO_RETRY: Final = {"x-should-retry": "false"}
 ERRORS: Final[dict[type[LoramuxError], HttpError]] = {
     engine_errors.InvalidRequest: HttpError(400, "invalid_request_error", "invalid_value"),
     engine_errors.ContextTooLong: HttpError(400, "invalid_request_error", "context_length_exceeded"),
+    RouteDisabled: HttpError(404, "NotFoundError", "route_disabled"),
     UnsupportedContent: HttpError(400, "invalid_request_error", "unsupported_content_type"),
     engine_errors.ModelNotFound: HttpError(404, "NotFoundError", "model_not_found"),
     engine_errors.AdapterError: HttpError(400, "BadRequestError", "adapter_error"),

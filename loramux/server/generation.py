@@ -16,7 +16,7 @@ import msgspec
 from starlette.types import Scope
 
 from loramux.engine.client import SequenceStream
-from loramux.engine.types import Request
+from loramux.engine.types import Request, TokenSampling
 from loramux.server.access.caller import caller_of
 from loramux.server.adapters import AdapterRef
 from loramux.server.admission import Admission, Ticket
@@ -109,13 +109,7 @@ class Generator:
         stem = uuid.uuid4().hex
         requests: list[Request] = []
         for number, prompt in enumerate(prompts):
-            sampling = to_token_sampling(
-                params,
-                self._tokenizer,
-                self._engine.info,
-                prompt_len=len(prompt.token_ids),
-                eos_token_ids=self._eos_token_ids,
-            )
+            sampling = self._token_sampling(prompt, params)
             for choice in range(params.n):
                 seed = seed_of_choice(sampling.seed, choice)
                 requests.append(
@@ -129,6 +123,24 @@ class Generator:
                     )
                 )
         return Call(prompts=prompts, params=params, adapter=adapter, requests=requests, ticket=ticket)
+
+    def sampling_of(self, prompt: Prompt, params: SamplingParams) -> TokenSampling:
+        """How a prompt would be sampled, if it were asked for.
+
+        Raises:
+            InvalidRequest: a field is out of range, or the prompt does not fit.
+        """
+        check_limits(params, self._limits)
+        return self._token_sampling(prompt, params)
+
+    def _token_sampling(self, prompt: Prompt, params: SamplingParams) -> TokenSampling:
+        return to_token_sampling(
+            params,
+            self._tokenizer,
+            self._engine.info,
+            prompt_len=len(prompt.token_ids),
+            eos_token_ids=self._eos_token_ids,
+        )
 
     def _admit(
         self, prompts: list[Prompt], params: SamplingParams, adapter: AdapterRef | None, scope: Scope

@@ -68,6 +68,11 @@ class PromptBuilder:
         self._guard = None if api.parse_special_tokens else ControlTokenGuard(tokenizer)
         self._processes = TemplateProcesses()
 
+    @property
+    def template_source(self) -> str | None:
+        """The chat template's text, if the model has one."""
+        return self._template.source if self._template is not None else None
+
     async def from_completion(
         self,
         prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],

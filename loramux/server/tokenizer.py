@@ -31,6 +31,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._add_bos: bool | None = config.get("add_bos_token")
+        self.config = config  # tokenizer_config.json
         self.special_tokens = _special_tokens(config)  # bos_token, eos_token, ... -> text
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
