@@ -59,6 +59,8 @@ def check_field_sizes(body: Mapping[str, Any], limits: Limits) -> None:
     """
     counted = (
         ("messages", limits.messages, "--max-messages"),
+        ("input", limits.messages, "--max-messages"),
+        ("logprob_token_ids", limits.logprob_token_ids, "--max-logprob-token-ids"),
         ("tools", limits.tools, "--max-tools"),
         ("stop", limits.stop, "--max-stop"),
         ("stop_token_ids", limits.stop_token_ids, "--max-stop-token-ids"),

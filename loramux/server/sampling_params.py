@@ -77,6 +77,8 @@ class SamplingParams:
         _check_range("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
         _check_range("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
         _check_range("repetition_penalty", self.repetition_penalty, low=0.0, above_low=True)
+        # Beyond this, logits would become infinite, and their probabilities no numbers at all.
+        _check_range("repetition_penalty", self.repetition_penalty, low=0.01, high=100.0)
         _check_range("seed", self.seed, low=-_INT64_MAX - 1, high=_INT64_MAX)
         _check_range("max_tokens", self.max_tokens, low=1)
         _check_range("min_tokens", self.min_tokens, low=0)

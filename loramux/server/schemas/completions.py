@@ -15,12 +15,13 @@ from loramux.server.schemas.common import (
     UnsetType,
     Usage,
 )
+from loramux.server.schemas.prompt_shape import PromptInput
 
 
 class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: PromptInput
     max_tokens: int = 16
     logprobs: int | None = None
     echo: bool = False
