@@ -77,6 +77,7 @@ def test_every_change_and_every_refusal_is_a_line(text_model: Path, tmp_path: Pa
     assert reloaded["bytes"] > 0
     assert 0 < reloaded["duration_s"] < 60
     assert lines[7]["path"] == "/v1/models"
+    assert lines[7]["client"] == "192.0.2.7"  # as a proxy on this machine says
     text = path.read_text()
     assert not any(secret in text for secret in (key_of("boss"), key_of("user"), "guess", "sesame"))
     assert path.stat().st_mode & 0o077 == 0
@@ -93,7 +94,8 @@ def ask(http: httpx.Client, source: Path) -> None:
     assert http.put("/v1/lora_adapters/bad", json={"source": str(source / "no")}, headers=boss).is_error
     http.delete(place, headers=boss).raise_for_status()
     assert http.delete(place, headers=boss).status_code == 404
-    assert http.get("/v1/models?key=guess", headers={"authorization": "Bearer guess"}).status_code == 401
+    guess = {"authorization": "Bearer guess", "x-forwarded-for": "192.0.2.7"}
+    assert http.get("/v1/models?key=guess", headers=guess).status_code == 401
     assert http.get("/v1/lora_adapters", headers=user).status_code == 403
     prompt = {"model": "first", "prompt": "sesame"}
     assert http.post("/v1/completions", json=prompt, headers=user).status_code == 404
@@ -103,13 +105,15 @@ def test_refusal_of_changes_that_the_operator_did_not_allow_is_a_line(
     text_model: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "audit.jsonl"
-    arguments = (str(text_model), "--enable-lora", f"--audit-log={path}")
+    arguments = (str(text_model), "--enable-lora", f"--audit-log={path}", "--forwarded-allow-ips=192.0.2.1")
+    liar = {"x-forwarded-for": "192.0.2.7"}
     with running_server(*arguments, command=COMMAND) as server, server.client() as http:
-        assert http.delete("/v1/lora_adapters/x").status_code == 404
+        assert http.delete("/v1/lora_adapters/x", headers=liar).status_code == 404
 
     (line,) = read(path)
     assert (line["action"], line["code"]) == ("denied", "runtime_lora_updates_disabled")
     assert (line["method"], line["path"]) == ("DELETE", "/v1/lora_adapters/x")
+    assert line["client"] == "127.0.0.1"  # which is no proxy that we believe
 
 
 def test_log_that_was_rotated_away_is_opened_again(tmp_path: Path) -> None:
@@ -188,3 +192,41 @@ def test_disk_that_fails_is_told_once_and_stops_nothing(caplog: pytest.LogCaptur
     log.close()
 
     assert caplog.text.count("lines are lost") == 1
+
+
+def test_what_resolvers_and_the_adapters_file_bring_is_a_line_too(text_model: Path, tmp_path: Path) -> None:
+    path, resolved, desired = tmp_path / "audit.jsonl", tmp_path / "resolved", tmp_path / "adapters.yaml"
+    write_adapter(resolved / "found", llama_sites(), base_model_name_or_path=str(text_model))
+    write_adapter(tmp_path / "listed", llama_sites())
+    desired.write_text(f"adapters: [{{name: listed, source: {tmp_path / 'listed'}, pinned: true}}]")
+    keys = write_keys(
+        tmp_path / "keys.json",
+        key_entry("boss", "inference"),
+        key_entry("other", "inference", adapters=["nothing"]),
+    )
+    with (
+        running_server(
+            *(str(text_model), "--served-model-name=tiny", "--enable-lora", "--allow-runtime-lora-updating"),
+            *(f"--adapters-file={desired}", f"--allowed-local-path={tmp_path}"),
+            *(f"--audit-log={path}", f"--api-keys-file={keys}", "--host=127.0.0.1"),
+            command=COMMAND,
+            environ={"VLLM_LORA_RESOLVER_CACHE_DIR": str(resolved)},
+        ) as server,
+        server.client() as http,
+    ):
+        for key, status in (("other", 404), ("boss", 200), ("other", 404)):
+            body = {"model": "found", "prompt": "a"}
+            assert http.post("/v1/completions", json=body, headers=bearer(key)).status_code == status
+        assert any(http.get("/ready").status_code == 200 for _ in range(2000))  # what the file lists is there
+        body = {"model": "unknown", "prompt": "a"}
+        assert http.post("/v1/completions", json=body, headers=bearer("boss")).status_code == 404
+
+    lines = [line for line in read(path) if line["action"] != "adapter.load"]
+    assert [(line["action"], line["key_id"], line["name"]) for line in lines] == [
+        ("denied", "other", "found"),  # and no resolver heard of it
+        ("adapter.resolve", "boss", "found"),
+        ("denied", "other", "found"),
+    ]
+    (listed,) = [line for line in read(path) if line["action"] == "adapter.load"]
+    assert (listed["name"], listed["origin"], listed["pinned"]) == ("listed", "file", True)
+    assert "key_id" not in listed

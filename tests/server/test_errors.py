@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loramux.engine.errors import AdapterUnavailable, ContextTooLong, InvalidRequest, LoramuxError
-from loramux.server.errors import ERRORS, describe, explain_validation, lookup
+from loramux.engine.errors import ContextTooLong, InvalidRequest, LoramuxError
+from loramux.server.errors import ERRORS, describe, explain_validation, lookup, respond
 
 
 def all_errors(cls: type[LoramuxError] = LoramuxError) -> list[type[LoramuxError]]:
@@ -25,8 +25,10 @@ def test_every_error_has_a_status_and_a_code(cls: type[LoramuxError]) -> None:
         assert (error["code"], error["param"]) == ("internal_error", None)
         assert "what happened" not in error["message"]
         return
+    # Clients that show only the text know a full context by the code in it.
+    suffix = " (context_length_exceeded)" if issubclass(cls, ContextTooLong) else ""
     assert error == {
-        "message": "what happened",
+        "message": f"what happened{suffix}",
         "type": entry.type,
         "param": "field",
         "code": entry.code,
@@ -41,8 +43,18 @@ def test_a_subclass_is_looked_up_before_its_base() -> None:
     assert lookup(InvalidRequest("x")) is ERRORS[InvalidRequest]
 
 
-def test_what_may_be_retried_says_when() -> None:
-    assert (lookup(AdapterUnavailable("x")).headers or {})["retry-after"]
+@pytest.mark.parametrize("cls", all_errors())
+def test_what_may_be_retried_says_when_and_what_may_not_says_so(cls: type[LoramuxError]) -> None:
+    """The official clients send 408, 409, 429 and 5xx again unless they are told not to."""
+    response = respond(cls("what happened"))
+
+    if response.status_code in (429, 503):
+        assert 1 <= int(response.headers["retry-after"]) <= 120
+        assert "x-should-retry" not in response.headers
+    elif response.status_code in (409, 500):
+        assert response.headers["x-should-retry"] == "false"
+        assert "retry-after" not in response.headers
+    assert response.status_code != 502
 
 
 def test_text_of_an_unexpected_error_is_hidden() -> None:
