@@ -47,6 +47,7 @@ from loramux.server.routes import (
     metrics,
     models,
     render,
+    responses,
     tokenize,
 )
 from loramux.server.services import Services

@@ -25,6 +25,8 @@ from loramux.server.schemas.adapters import (
 from loramux.server.schemas.chat import ChatChunk, ChatCompletion
 from loramux.server.schemas.completions import Completion
 from loramux.server.schemas.models import ModelCard, ModelList
+from loramux.server.schemas.render import RenderedRequest
+from loramux.server.schemas.responses import ResponseEvent, ResponseObject
 from loramux.server.schemas.tokenize import Detokenized, Tokenized
 
 JSON: Final = "application/json"
@@ -91,8 +93,16 @@ _ANY_OBJECT: Final = dict[str, Any]
 ANSWERS: Final[Mapping[str, Mapping[int, Answer]]] = {
     "POST /v1/completions": {200: _generated(Completion, Completion)},
     "POST /v1/chat/completions": {200: _generated(ChatCompletion, ChatChunk)},
+    "POST /v1/responses": {200: _generated(ResponseObject, ResponseEvent)},
     "GET /v1/models": {200: _json(ModelList)},
     "GET /v1/models/{model_id}": {200: _json(ModelCard)},
+    "POST /v1/completions/render": {200: _json(list[RenderedRequest])},
+    "POST /v1/chat/completions/render": {200: _json(RenderedRequest)},
+    "POST /invocations": {200: _generated(ChatCompletion | Completion, ChatChunk | Completion)},
+    "GET /tokenizer_info": {
+        200: _json(_ANY_OBJECT, "tokenizer_config.json and the chat template"),
+        404: _json(Error, "Not switched on (--enable-tokenizer-info-endpoint)"),
+    },
     "POST /tokenize": {200: _json(Tokenized)},
     "POST /detokenize": {200: _json(Detokenized)},
     "GET /live": {200: Answer("The process answers")},

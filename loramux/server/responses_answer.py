@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -83,11 +83,14 @@ class ResponsesAnswer:
             system_fingerprint=fingerprint(call.adapter),
         )
 
-    def whole(self, deltas: Sequence[Delta]) -> bytes:
-        """The JSON text of the response."""
-        for delta in deltas:
-            self._add(delta)
-        return msgspec.json.encode(self._ended(deltas[0]))
+    async def whole(self, deltas: AsyncGenerator[Delta, None]) -> bytes:
+        """The JSON text of the response, once all of it is there."""
+        async with aclosing(deltas) as source:
+            async for delta in source:
+                self._add(delta)
+                if delta.finish_reason is not None:
+                    final = self._ended(delta)
+        return msgspec.json.encode(final)
 
     async def events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         """The response as it is written, ended by `response.completed` or `response.incomplete`.

@@ -180,3 +180,10 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str]
     background: bool = False
     system_fingerprint: str
+
+
+class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What every event of a stream has; each type adds its own fields."""
+
+    type: str
+    sequence_number: int
