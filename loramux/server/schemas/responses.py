@@ -84,10 +84,9 @@ class OutputText(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[TokenLogprob] = []
 
 
-class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
+class OutputMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="message"):
     """One message of the answer."""
 
-    type: Literal["message"] = "message"
     id: str
     role: Literal["assistant"] = "assistant"
     status: str
@@ -101,20 +100,18 @@ class ReasoningText(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-class OutputReasoning(msgspec.Struct, frozen=True, kw_only=True):
+class OutputReasoning(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
     """The reasoning before the answer."""
 
-    type: Literal["reasoning"] = "reasoning"
     id: str
     status: str
     summary: list[dict[str, Any]] = []
     content: list[ReasoningText]
 
 
-class OutputFunctionCall(msgspec.Struct, frozen=True, kw_only=True):
+class OutputFunctionCall(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="function_call"):
     """One call of a tool; `call_id` is what its output must name."""
 
-    type: Literal["function_call"] = "function_call"
     id: str
     call_id: str
     name: str
