@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Final
 
 import msgspec
 
@@ -15,6 +14,7 @@ from loramux.server.choice import Delta
 from loramux.server.generation import Call
 from loramux.server.logprobs import chat_logprobs, prompt_logprobs
 from loramux.server.message_parser import (
+    PROMPT_END,
     ArgumentsPart,
     CallPart,
     Message,
@@ -43,8 +43,6 @@ from loramux.server.schemas.chat import (
 from loramux.server.schemas.common import UNSET, RequestMetrics, UnsetType, Usage
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.usage import UsageCounter
-
-_PROMPT_END: Final = 64  # characters of a prompt that say whether it opens the reasoning
 
 
 class ChatAnswer:
@@ -81,7 +79,7 @@ class ChatAnswer:
         self._usage = UsageCounter(call)
         self._reasons = plan.reasoning is not None
         self._parsers = [
-            plan.parser((call.prompt_of(index).text or "")[-_PROMPT_END:])
+            plan.parser((call.prompt_of(index).text or "")[-PROMPT_END:])
             for index in range(len(call.requests))
         ]
         self._introduced: set[int] = set()  # choices whose role was sent

@@ -9,11 +9,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from loramux.server.choice import Delta
 from loramux.server.reasoning import ReasoningFormat, ReasoningSplitter
 from loramux.server.tool_parsers.base import CallArguments, CallStart, Event, Text, ToolParser
+
+PROMPT_END: Final = 64  # characters of a prompt that say whether it opens the reasoning
 
 
 class ReasoningPart(NamedTuple):
@@ -54,6 +56,7 @@ class MessagePlan:
     """
 
     reasoning: ReasoningFormat | None = None
+    reasoning_end_id: int | None = None  # the closing mark, if it is one token
     make_tool_parser: Callable[[], ToolParser] | None = None
     parallel_calls: bool = True  # False keeps the first call only
     calls_end_turn: bool = True  # calls make the finish reason "tool_calls"; not with a named tool
@@ -94,8 +97,10 @@ class MessageParser:
         text = delta.text
         if self._splitter is not None:
             if not self._splitter.is_over:
-                self.num_reasoning_tokens += len(delta.token_ids)
-            text = self._split(self._splitter, text, parts, is_last=is_last)
+                text = self._split(self._splitter, text, parts, is_last=is_last)
+                self.num_reasoning_tokens += self._num_before_end(self._splitter, delta.token_ids)
+            else:
+                text = self._split(self._splitter, text, parts, is_last=is_last)
         if self._tools is None:
             return [*parts, TextPart(text)] if text else parts
         events = self._tools.feed(text) if text else []
@@ -112,6 +117,13 @@ class MessageParser:
         if reason == "stop" and self.num_calls and self._plan.calls_end_turn:
             return "tool_calls"
         return reason
+
+    def _num_before_end(self, splitter: ReasoningSplitter, token_ids: list[int]) -> int:
+        """How many tokens belong to the reasoning, when some of them may follow the closing mark."""
+        end_id = self._plan.reasoning_end_id
+        if splitter.is_over and end_id is not None and end_id in token_ids:
+            return token_ids.index(end_id) + 1
+        return len(token_ids)
 
     def _split(
         self, splitter: ReasoningSplitter, text: str, parts: list[MessagePart], *, is_last: bool

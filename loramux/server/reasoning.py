@@ -8,6 +8,7 @@ the closing mark (reasoning switched off) makes everything the answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, NamedTuple
 
 from loramux.server.tool_parsers.markers import MarkerSearch
@@ -18,6 +19,14 @@ MARKS: Final = (OPEN, CLOSE)
 _MAX_START: Final = 256  # characters in which the block must have opened
 
 
+class Beginning(Enum):
+    """Where an answer begins."""
+
+    BEFORE = 1  # a block of reasoning may follow
+    INSIDE = 2
+    AFTER = 3  # the prompt has closed the block
+
+
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
     """How a model marks its reasoning."""
@@ -25,16 +34,20 @@ class ReasoningFormat:
     name: str
     always_reasons: bool  # the answer begins inside the block, whether or not the prompt opens it
 
-    def splitter(self, prompt_end: str) -> ReasoningSplitter:
-        """A splitter for an answer to the prompt that ends so.
+    def beginning(self, prompt_end: str) -> Beginning:
+        """Where an answer to the prompt that ends so begins.
 
         Args:
             prompt_end: at least the last characters of the prompt's text.
         """
         end = prompt_end.rstrip()
         if end.endswith(CLOSE):
-            return ReasoningSplitter(is_over=True)
-        return ReasoningSplitter(is_inside=self.always_reasons or end.endswith(OPEN))
+            return Beginning.AFTER
+        return Beginning.INSIDE if self.always_reasons or end.endswith(OPEN) else Beginning.BEFORE
+
+    def splitter(self, prompt_end: str) -> ReasoningSplitter:
+        """A splitter for an answer to the prompt that ends so."""
+        return ReasoningSplitter(self.beginning(prompt_end))
 
 
 REASONING_FORMATS: Final = {
@@ -59,16 +72,15 @@ class ReasoningSplitter:
     """Splits one answer while it arrives.
 
     Args:
-        is_inside: it begins inside the block; an opening mark is then allowed, and dropped.
-        is_over: it has no block.
+        beginning: where it begins; inside the block, an opening mark is allowed, and dropped.
     """
 
-    def __init__(self, *, is_inside: bool = False, is_over: bool = False) -> None:
-        self.is_over = is_over  # the block is closed, or there is none
-        self._is_inside = is_inside
+    def __init__(self, beginning: Beginning) -> None:
+        self.is_over = beginning is Beginning.AFTER  # the block is closed, or there is none
+        self._is_inside = beginning is Beginning.INSIDE
         self._search = MarkerSearch(CLOSE)
         self._start = ""  # what was read before it was clear whether an opening mark comes
-        self._is_started = is_over
+        self._is_started = self.is_over
         self._breaks: list[str] = []  # line breaks that may stand before the closing mark
         self._skips_breaks = False  # those after a mark
 

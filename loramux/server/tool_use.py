@@ -15,19 +15,17 @@ from loramux.engine.types import GrammarSpec
 from loramux.server import reasoning
 from loramux.server.limits import Limits
 from loramux.server.message_parser import MessagePlan
-from loramux.server.reasoning import REASONING_FORMATS, ReasoningFormat
+from loramux.server.reasoning import REASONING_FORMATS, Beginning, ReasoningFormat
 from loramux.server.schemas.chat import ChatRequest, ChatTool
-from loramux.server.structured import json_schema_grammar
+from loramux.server.structured import Requested
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_config import AUTO, ToolConfig
+from loramux.server.tool_grammar import after_reasoning, answer_or_calls, arguments_grammar, calls_grammar
 from loramux.server.tool_parsers.forced import NamedCallParser, RequiredCallsParser
 from loramux.server.tool_parsers.registry import TOOL_FORMATS, ToolFormat, format_of_template
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 _CHOICES: Final = ("none", "auto", "required")
-_EMPTY_SCHEMA: Final = {"type": "object", "properties": {}}
-# Keywords whose targets are counted from the root of a schema; they move along with it.
-_DEFINITIONS: Final = ("$defs", "definitions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +34,9 @@ class ToolUse:
 
     prompt_tools: list[dict[str, Any]] | None = None  # for the chat template
     message: MessagePlan
-    grammar: GrammarSpec | None = None  # what the answer is constrained to
+    grammar: GrammarSpec | None = None  # of forced calls
+    format_name: str | None = None  # of calls that the model may make
+    tools: Sequence[ChatTool] = ()  # that it may call
     shown_special_token_ids: frozenset[int] = frozenset()  # marks that the parsers look for
 
 
@@ -82,29 +82,63 @@ class ToolDesk:
         """
         choice, name = self._choice(body)
         marks = set(reasoning.MARKS) if self.reasoning else set()
-        message = MessagePlan(reasoning=self.reasoning, parallel_calls=body.parallel_tool_calls)
+        message = MessagePlan(
+            reasoning=self.reasoning,
+            reasoning_end_id=self._tokenizer.token_id(reasoning.CLOSE),
+            parallel_calls=body.parallel_tool_calls,
+        )
         tools = body.tools or []
         grammar: GrammarSpec | None = None
+        format_name: str | None = None
         if choice == "auto":
             tool_format = self._format_for_auto()
             names = frozenset(tool.function.name for tool in tools)
             message = replace(message, make_tool_parser=partial(tool_format.parser, names))
             marks.update(tool_format.marks)
+            format_name = tool_format.name
         elif choice == "required":
             message = replace(message, make_tool_parser=RequiredCallsParser)
-            grammar = json_schema_grammar(_calls_schema(tools, parallel=body.parallel_tool_calls))
+            grammar = calls_grammar(tools, self._limits, parallel=body.parallel_tool_calls)
         elif choice == "function":
-            named = next(tool.function for tool in tools if tool.function.name == name)
+            named = next(tool for tool in tools if tool.function.name == name)
             parser = partial(NamedCallParser, name)
             message = replace(message, make_tool_parser=parser, calls_end_turn=False)
-            grammar = json_schema_grammar(named.parameters or _EMPTY_SCHEMA)
+            grammar = arguments_grammar(named, self._limits)
         shown = tools if choice != "none" or not self._config.exclude_when_none else []
         return ToolUse(
             prompt_tools=[tool.model_dump(exclude_unset=True) for tool in shown] or None,
             message=message,
             grammar=grammar,
+            format_name=format_name,
+            tools=tools,
             shown_special_token_ids=self._special_ids(marks),
         )
+
+    def constrained(self, use: ToolUse, asked: Requested | None, prompt_end: str) -> Requested | None:
+        """What the whole text of the model is constrained to; None if it is free.
+
+        Args:
+            use: what the tools mean.
+            asked: what the request asks of the answer; forced calls win over it.
+            prompt_end: at least the last characters of the prompt's text.
+
+        Raises:
+            InvalidRequest: the two cannot be had together.
+        """
+        if use.grammar is not None:
+            asked = Requested(use.grammar, "tools")
+        elif asked is not None and use.format_name is not None:
+            limits, tokenizer = self._limits, self._tokenizer
+            spec = answer_or_calls(asked.spec, use.format_name, use.tools, limits, tokenizer)
+            asked = Requested(spec, asked.param)
+        if asked is None or self.reasoning is None:
+            return asked
+        beginning = self.reasoning.beginning(prompt_end)
+        if beginning is Beginning.AFTER:
+            return asked
+        is_open = beginning is Beginning.INSIDE
+        spec = after_reasoning(asked.spec, reasoning.OPEN, reasoning.CLOSE, self._tokenizer, is_open=is_open)
+        return Requested(spec, asked.param)
 
     def _choice(self, body: ChatRequest) -> tuple[str, str]:
         """The checked `tool_choice`: "none", "auto", "required" or "function", and the function's name."""
@@ -184,40 +218,3 @@ def _check_tool(number: int, tool: ChatTool) -> None:
     if kind != "object":
         message = f"{field}.function.parameters must be a JSON schema of type 'object', got {kind!r:.50}"
         raise InvalidRequest(message, param=f"{field}.function.parameters")
-
-
-def _calls_schema(tools: Sequence[ChatTool], *, parallel: bool) -> dict[str, Any]:
-    """The schema of a list of calls of these tools, at least one."""
-    definitions: dict[str, Any] = {}
-    calls: list[dict[str, Any]] = []
-    for number, tool in enumerate(tools):
-        parameters = _moved(tool.function.parameters or _EMPTY_SCHEMA, f"tool{number}")
-        definitions[f"tool{number}"] = parameters
-        calls.append(
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"type": "string", "const": tool.function.name},
-                    "parameters": {"$ref": f"#/$defs/tool{number}"},
-                },
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    if not parallel:
-        schema["maxItems"] = 1
-    return {**schema, "$defs": definitions}
-
-
-def _moved(schema: Any, name: str) -> Any:
-    """The schema as it reads when it lies under `#/$defs/name`: its references lead there."""
-    if isinstance(schema, list):
-        return [_moved(entry, name) for entry in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(value, name) for key, value in schema.items()}
-    target = schema.get("$ref")
-    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
-        moved["$ref"] = f"#/$defs/{name}{target[1:]}"
-    return moved

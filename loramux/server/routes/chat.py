@@ -12,6 +12,7 @@ from loramux.server.adapters import answer_headers
 from loramux.server.chat_answer import ChatAnswer
 from loramux.server.delta_stream import echoing, spaced
 from loramux.server.disconnect import until_disconnect
+from loramux.server.message_parser import PROMPT_END
 from loramux.server.prompts import Prompt
 from loramux.server.routes.answer_id import answer_id
 from loramux.server.routes.body import GenerationRoute
@@ -20,6 +21,7 @@ from loramux.server.sampling_params import SamplingParams
 from loramux.server.schemas.chat import ChatRequest
 from loramux.server.services import Services, ServicesDep
 from loramux.server.sse import EventStream
+from loramux.server.structured import requested_grammar
 from loramux.server.tool_use import ToolUse
 
 router = APIRouter(route_class=GenerationRoute)
@@ -80,10 +82,7 @@ async def prepare_chat(body: ChatRequest, services: Services) -> tuple[Prompt, S
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     use = services.tools.plan(body)
-    grammar = await services.grammars.requested(
-        body.response_format, body.structured_outputs, tools=use.grammar
-    )
-    params = replace(params, shown_special_token_ids=use.shown_special_token_ids, grammar=grammar)
+    asked = requested_grammar(body.response_format, body.structured_outputs, services.config.server.limits)
     prompt = await services.prompts.from_chat(
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
@@ -96,4 +95,7 @@ async def prepare_chat(body: ChatRequest, services: Services) -> tuple[Prompt, S
         truncate=body.truncate_prompt_tokens,
         truncation_side=body.truncation_side,
     )
+    wanted = services.tools.constrained(use, asked, (prompt.text or "")[-PROMPT_END:])
+    grammar = await services.grammars.check(wanted.spec, param=wanted.param) if wanted else None
+    params = replace(params, shown_special_token_ids=use.shown_special_token_ids, grammar=grammar)
     return prompt, params, use
