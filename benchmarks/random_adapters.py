@@ -11,8 +11,11 @@ from safetensors.numpy import save_file
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def write_adapter(folder: Path, model: Path, *, rank: int, seed: int) -> Path:
-    """Write a PEFT folder for all linear layers of a Llama-shaped model; returns the folder."""
+def write_adapter(folder: Path, model: Path, *, rank: int, seed: int, size: float = 0.01) -> Path:
+    """Write a PEFT folder for all linear layers of a Llama-shaped model; returns the folder.
+
+    With a small `size` of B's values the base stays in charge; with 0.05 every text is another one.
+    """
     rng = np.random.default_rng(seed)
     config = json.loads((model / "config.json").read_text())
     tensors: dict[str, np.ndarray] = {}
@@ -21,9 +24,7 @@ def write_adapter(folder: Path, model: Path, *, rank: int, seed: int) -> Path:
             part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             key = f"base_model.model.model.layers.{layer}.{part}.{name}"
             a = rng.standard_normal((rank, size_in), dtype=np.float32) / np.sqrt(size_in)
-            b = (
-                rng.standard_normal((size_out, rank), dtype=np.float32) * 0.01
-            )  # small: the base stays in charge
+            b = rng.standard_normal((size_out, rank), dtype=np.float32) * size
             tensors[f"{key}.lora_A.weight"] = a.astype(np.float16)
             tensors[f"{key}.lora_B.weight"] = b.astype(np.float16)
     folder.mkdir(parents=True)

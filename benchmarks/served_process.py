@@ -39,6 +39,11 @@ class ServedProcess:
             self._process.kill()
             raise SystemExit("the server did not start:\n" + "".join(self._log))
 
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
     def _read_log(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
