@@ -176,7 +176,7 @@ def _argument(flag: Flag, value: object, where: str) -> list[str]:
         return [f"--{flag.name}" if text in ("1", "true") else f"--no-{flag.name}"]
     if flag.is_list:
         values = value if isinstance(value, list) else [value]
-        return [f"--{flag.name}", *(_text(entry) for entry in values)]
+        return [f"--{flag.name}={_text(entry)}" for entry in values]  # which may begin with a dash
     return [f"--{flag.name}={_text(value)}"]
 
 

@@ -238,6 +238,7 @@ def _uvicorn_config(services: Services, server: ServerConfig, tls: Tls | None) -
         build_app(services),
         http=bounded_protocol(server.connections, services.generator.admission.rejections),
         lifespan="off",
+        ws="none",
         log_config=None,
         access_log=False,  # the request log says more
         server_header=False,

@@ -191,6 +191,24 @@ def test_server_without_a_key_stays_on_this_machine_unless_told() -> None:
     assert read("m", LORAMUX_HOST="0.0.0.0").server.host == "0.0.0.0"
 
 
+def test_key_of_the_environment_may_begin_with_a_dash_and_end_with_a_line_break() -> None:
+    assert read("m", LORAMUX_API_KEY="-k-\n").access.api_keys == ("-k-",)
+
+
+@pytest.mark.parametrize("key", ["", " ", "sesame street", "sesame\x00", "sesamé"])
+def test_key_that_no_client_could_send_stops_the_start_and_is_not_shown(key: str) -> None:
+    message = refusal("m", f"--api-key={key}")
+
+    assert message.startswith("--api-key")
+    assert "sesam" not in message
+
+
+@pytest.mark.parametrize("host", ["http://a", "a/b", "*", "a*", "*a.b"])
+def test_host_that_is_no_name_stops_the_start(host: str) -> None:
+    assert "--allowed-hosts" in refusal("m", "--allowed-hosts", host)
+    assert read("m", "--allowed-hosts", "A.b", "*.c.d").access.allowed_hosts == ("a.b", "*.c.d")
+
+
 def test_keys_never_show_in_the_config() -> None:
     assert "secret" not in repr(read("m", "--api-key", "secret", "--hf-token", "secret"))
 
@@ -199,6 +217,43 @@ def test_limits_have_flags() -> None:
     limits = read("m", "--max-n=2", "--max-request-bytes=1M", "--max-logprobs=5").server.limits
 
     assert (limits.n, limits.request_bytes, limits.logprobs) == (2, 1 << 20, 5)
+
+
+def test_answers_have_flags() -> None:
+    api = read(
+        *("m", "--enable-force-include-usage", "--stream-interval=5", "--enable-tokenizer-info-endpoint"),
+        *("--chat-template-content-format=openai", '--default-chat-template-kwargs={"a": 1}'),
+        *("--allowed-chat-template-kwargs", "a", "b"),
+    ).server.api
+
+    assert (api.force_include_usage, api.stream_interval, api.tokenizer_info) == (True, 5, True)
+    assert (api.content_format, api.template_kwargs) == ("openai", {"a": 1})
+    assert api.allowed_template_kwargs == {"a", "b"}
+    assert not api.trust_request_template
+    assert not api.parse_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("word", "fragment"),
+    [
+        ("--stream-interval=0", "--stream-interval must be at least 1"),
+        ("--chat-template-content-format=xml", "auto, string, openai"),
+        ("--default-chat-template-kwargs=[1]", "must be a JSON object"),
+        ('--default-chat-template-kwargs={"messages": []}', "may not set 'messages'"),
+        ("--scheduling-policy=random", "fcfs or priority"),
+    ],
+)
+def test_wrong_answer_flags_are_refused(word: str, fragment: str) -> None:
+    assert fragment in refusal("m", word)
+
+
+def test_switches_for_what_is_always_on_warn_only_when_they_would_turn_it_off() -> None:
+    on = read("m", "--enable-prompt-tokens-details", "--enable-request-id-headers")
+    off = read("m", "--no-enable-prompt-tokens-details")
+
+    assert on.warnings == ()
+    assert off.warnings == ("--no-enable-prompt-tokens-details has no effect in loramux",)
+    assert read("m", "--scheduling-policy=priority").engine.scheduling_policy == "priority"
 
 
 def test_command_answers_help_and_version_without_heavy_imports() -> None:

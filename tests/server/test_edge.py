@@ -181,6 +181,17 @@ def test_what_is_no_http_gets_an_error_of_the_same_shape(guarded: RunningServer,
         assert http.get("/live").status_code == 200
 
 
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_asking_for_another_protocol_gets_nobody_past_the_key(guarded: RunningServer, protocol: str) -> None:
+    upgrade = (
+        *("host: 127.0.0.1", f"upgrade: {protocol}", "sec-websocket-version: 13"),
+        *("sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==", "connection: upgrade"),
+    )
+    lines = "\r\n".join(("GET /v1/models HTTP/1.1", *upgrade, "", ""))
+
+    assert raw(guarded, lines.encode())[0] == 401
+
+
 def test_unknown_path_is_repeated_briefly_and_escaped(http: httpx.Client) -> None:
     response = http.get(f"/a%0a%1b%22%E2%80%AE{'x' * 3000}", headers=KEY)
 

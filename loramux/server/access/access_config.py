@@ -39,8 +39,7 @@ def access_config(values: Mapping[str, Any]) -> AccessConfig:
     Raises:
         InvalidConfig: names the flag at fault.
     """
-    # The same key given twice is one key.
-    api_keys = tuple(dict.fromkeys(key for key in values.get("api_key", ()) if key))
+    api_keys = tuple(dict.fromkeys(_plain_key(key) for key in values.get("api_key", ())))
     path = _path(values.get("api_keys_file"))
     entries = read_keys(path) if path else ()
     KeyRing(api_keys, entries)  # refuses a key that both give
@@ -58,6 +57,18 @@ def access_config(values: Mapping[str, Any]) -> AccessConfig:
         forwarded_allow_ips=values.get("forwarded_allow_ips"),
         guard_metrics=values.get("guard_metrics", False),
     )
+
+
+def _plain_key(text: str) -> str:
+    """A key as a client sends it; files and secrets often end with a line break."""
+    key = text.strip()
+    if not key or " " in key or not (key.isprintable() and key.isascii()):
+        # An empty variable in a start script must not open the server to everybody.
+        message = (
+            "--api-key takes keys of printable ASCII characters without blanks, at least one; got another"
+        )
+        raise InvalidConfig(message, param="--api-key")
+    return key
 
 
 def _path(text: str | None) -> Path | None:

@@ -39,8 +39,7 @@ class AccessLayer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] != "http":  # there are no other routes, and none would be guarded
             return
         rule = self._routes.match(scope)
         caller = self._caller(scope)
