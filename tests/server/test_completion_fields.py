@@ -185,6 +185,7 @@ def test_fields_that_change_nothing_here_are_accepted(http: httpx.Client, body: 
         ({"best_of": 3}, "best_of", ["n=1", "3"]),
         ({"length_penalty": 0.5}, "length_penalty", ["beam"]),
         ({"repetition_detection": {"max_pattern_size": 4}}, "repetition_detection", ["not supported"]),
+        ({"thinking_token_budget": 100}, "thinking_token_budget", ["max_tokens"]),
         ({"prompt_embeds": "AAAA"}, "prompt_embeds", ["not supported"]),
         ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs", ["not supported"]),
         ({"logprobs": 21}, "logprobs", ["20", "21", "--max-logprobs"]),

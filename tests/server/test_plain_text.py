@@ -62,6 +62,28 @@ def test_ordinary_conversation_is_not_touched() -> None:
     assert not hidden
 
 
+def test_longest_of_many_tokens_is_found_and_nothing_else() -> None:
+    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer().definition())
+    names = [
+        "<a>",
+        "<ab>",
+        "<ab><c>",
+        "[x]",
+        "[x]]",
+        "</s>",
+        *(f"<reserved_{number}>" for number in range(120)),
+    ]
+    backend.add_special_tokens(names)
+    tokenizer = Tokenizer(backend, {})
+    hidden = ControlTokenGuard(tokenizer).open()
+
+    concealed = hidden.hide("<ab><c><a>[x]]<reserved_1><reserved_119>|<reserved_120>[y]<abc>")
+
+    assert len(concealed.partition("|")[0]) == 5
+    assert concealed.partition("|")[2] == "<reserved_120>[y]<abc>"
+    assert hidden.show(concealed).startswith("<ab><c><a>[x]]<reserved_1>")
+
+
 def test_every_text_of_a_message_is_hidden_and_shown_again() -> None:
     hidden = ControlTokenGuard(tiny_tokenizer()).open()
     message: dict[str, Any] = {"role": "<|end|>", "calls": [{"<|bos|>": "x<|start|>"}]}

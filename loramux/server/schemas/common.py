@@ -81,6 +81,7 @@ class GenerationRequest(RequestModel):
     use_beam_search: bool = False
     length_penalty: float = 1.0
     repetition_detection: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
     media_io_kwargs: dict[str, Any] = {}
     mm_processor_kwargs: dict[str, Any] = {}
     guided_json: Any = None
@@ -165,6 +166,9 @@ class GenerationRequest(RequestModel):
                 f"best_of is not supported beyond n={self.n}, got {self.best_of}; ask for n choices instead"
             )
             raise InvalidRequest(message, param="best_of")
+        if self.thinking_token_budget is not None and self.thinking_token_budget >= 0:
+            message = "thinking_token_budget is not supported; limit the whole answer with max_tokens"
+            raise InvalidRequest(message, param="thinking_token_budget")
         for name in ("repetition_detection", "media_io_kwargs", "mm_processor_kwargs"):
             if getattr(self, name):
                 raise InvalidRequest(f"{name} is not supported", param=name)
