@@ -30,6 +30,7 @@ from loramux.server.sampling_params import SamplingParams, check_limits, seed_of
 from loramux.server.tokenizer import Tokenizer
 
 _FOR_EVER_S: Final = 10.0**7
+_LARGE: Final = 5000  # log-probabilities: about 10 ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,14 @@ class Call:
     def num_prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once."""
         return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def is_large(self) -> bool:
+        """True if the answer may hold so many log-probabilities that writing it takes many milliseconds."""
+        prompt_width = self.params.prompt_logprobs or 0
+        width = self.params.logprobs or 0
+        answer_tokens = sum(request.sampling.max_tokens for request in self.requests)
+        return self.num_prompt_tokens * prompt_width + answer_tokens * width > _LARGE
 
     def prompt_of(self, index: int) -> Prompt:
         """The prompt that a choice continues."""

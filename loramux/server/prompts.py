@@ -143,6 +143,8 @@ class PromptBuilder:
             InvalidRequest: no messages, content that is not text, or the template refuses it.
         """
         self._check_chat(messages, options, template)
+        if truncate is None:
+            self._check_length(sum(_content_chars(message) for message in messages))
         hidden = self._guard.open() if self._guard is not None else None
         hide = hidden.hide if hidden is not None else _as_it_is
         plain = [hide(_plain_message(number, message)) for number, message in enumerate(messages)]
@@ -219,7 +221,7 @@ class PromptBuilder:
         if self._guard is None or hidden is None or not hidden:
             return await self.encode(text, add_special_tokens=add_special_tokens, bounded=bounded)
         if bounded:
-            self._check_length(text)
+            self._check_length(len(text))
         return await asyncio.to_thread(
             self._guard.encode, text, hidden, add_special_tokens=add_special_tokens
         )
@@ -231,16 +233,16 @@ class PromptBuilder:
             ContextTooLong: even in the longest tokens there are, it would exceed the context.
         """
         if bounded:
-            self._check_length(text)
+            self._check_length(len(text))
         if len(text) > _THREAD_ABOVE_CHARS:
             return await asyncio.to_thread(
                 self._tokenizer.encode, text, add_special_tokens=add_special_tokens
             )
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def _check_length(self, text: str) -> None:
-        """Refuse a text that is too long even in the longest tokens there are."""
-        at_least = -(-len(text) // self._tokenizer.max_token_chars)
+    def _check_length(self, num_chars: int) -> None:
+        """Refuse a text of so many characters if it is too long even in the longest tokens there are."""
+        at_least = -(-num_chars // self._tokenizer.max_token_chars)
         if at_least > self._max_model_len:
             raise ContextTooLong(
                 f"This model's maximum context length is {self._max_model_len} tokens. However, your "
@@ -278,15 +280,24 @@ def _split(
 
 def _plain_message(number: int, message: ChatMessage) -> dict[str, Any]:
     """A message as templates expect it: text content, and arguments of tool calls as objects."""
-    plain = message.model_dump(exclude_none=True)
+    content = _text_content(number, message.content)  # first: copying thousands of parts takes its time
+    plain = message.model_dump(exclude_none=True, exclude={"content"})
     if reasoning := message.reasoning_content or message.reasoning:
         plain["reasoning_content"] = plain["reasoning"] = reasoning
-    plain["content"] = _text_content(number, message.content)
+    plain["content"] = content
     if plain["role"] == "developer":
         plain["role"] = "system"
     for call in plain.get("tool_calls", ()):
         _parse_arguments(number, call)
     return plain
+
+
+def _content_chars(message: ChatMessage) -> int:
+    """About how long a message's text is: never more than it is."""
+    if isinstance(message.content, str):
+        return len(message.content)
+    texts = (part.get("text") for part in message.content or ())
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _text_content(number: int, content: str | list[dict[str, Any]] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
@@ -54,7 +55,8 @@ async def create_completion(request: Request, body: CompletionRequest, services:
         events = answer.events(deltas)
         return EventStream(events, headers=headers, keep_alive_s=services.config.server.sse_keep_alive_s)
     choices = await until_disconnect(services.generator.collect(call), request.receive)
-    return Response(answer.whole(choices), headers=headers, media_type="application/json")
+    text = await asyncio.to_thread(answer.whole, choices) if call.is_large else answer.whole(choices)
+    return Response(text, headers=headers, media_type="application/json")
 
 
 async def prepare_completion(
