@@ -15,7 +15,7 @@ from loramux.engine.errors import InvalidConfig
 from loramux.server.access.audit import Actor, AuditLog, set_actor
 from loramux.server.adapter_orders import AdapterChange
 from loramux.server.errors import AuthFailed
-from tests.adapter_files import llama_sites, write_adapter
+from tests.adapter_files import CONFIG_FILE, WEIGHTS_FILE, llama_sites, write_adapter
 from tests.running_server import running_server
 from tests.server.fake_serve import COMMAND
 from tests.server.key_files import bearer, key_entry, key_of, write_keys
@@ -62,6 +62,7 @@ def test_every_change_and_every_refusal_is_a_line(text_model: Path, tmp_path: Pa
         ("adapter.load", "boss", "bad", "error", "adapter_not_found"),
         ("adapter.unload", "boss", "a b", "ok", None),
         ("adapter.unload", "boss", "a b", "error", "adapter_not_found"),
+        ("adapter.load", "boss", "up", "ok", None),
         ("denied", None, None, "denied", "invalid_api_key"),
         ("denied", "user", None, "denied", "insufficient_permissions"),
         ("denied", "user", "first", "denied", "model_not_found"),
@@ -76,8 +77,9 @@ def test_every_change_and_every_refusal_is_a_line(text_model: Path, tmp_path: Pa
     assert len(reloaded["digest"]) == 64
     assert reloaded["bytes"] > 0
     assert 0 < reloaded["duration_s"] < 60
-    assert lines[7]["path"] == "/v1/models"
-    assert lines[7]["client"] == "192.0.2.7"  # as a proxy on this machine says
+    assert lines[7]["source"] == "upload"
+    assert lines[8]["path"] == "/v1/models"
+    assert lines[8]["client"] == "192.0.2.7"  # as a proxy on this machine says
     text = path.read_text()
     assert not any(secret in text for secret in (key_of("boss"), key_of("user"), "guess", "sesame"))
     assert path.stat().st_mode & 0o077 == 0
@@ -94,6 +96,10 @@ def ask(http: httpx.Client, source: Path) -> None:
     assert http.put("/v1/lora_adapters/bad", json={"source": str(source / "no")}, headers=boss).is_error
     http.delete(place, headers=boss).raise_for_status()
     assert http.delete(place, headers=boss).status_code == 404
+    config = {"x-loramux-adapter-config": (source / "v1" / CONFIG_FILE).read_text()}
+    upload = {**boss, **config, "content-type": "application/x-safetensors"}
+    weights = (source / "v1" / WEIGHTS_FILE).read_bytes()
+    http.put("/v1/lora_adapters/up", content=weights, headers=upload).raise_for_status()
     guess = {"authorization": "Bearer guess", "x-forwarded-for": "192.0.2.7"}
     assert http.get("/v1/models?key=guess", headers=guess).status_code == 401
     assert http.get("/v1/lora_adapters", headers=user).status_code == 403
