@@ -250,12 +250,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             loop.body.insert(0, jinja2.nodes.ExprStmt(call, lineno=loop.lineno))
         return tree
 
-    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: jinja2.runtime.Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Read the clock at every call."""
-        check_clock = __context.get(_CLOCK)
+        check_clock = context.get(_CLOCK)
         if check_clock is not None:
             check_clock()
-        return super().call(__context, __obj, *args, **kwargs)
+        return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Refuse products that do not fit into the bound."""
