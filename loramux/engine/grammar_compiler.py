@@ -79,6 +79,11 @@ class GrammarCompiler:
         """The tokenizer; there is one once a matcher is ready."""
         return self._tokenizer
 
+    def warm_up(self) -> None:
+        """Load the tokenizer in the background: for a time when nobody is held up by it."""
+        if not self._threads:
+            self._start_thread()
+
     def open(self, request_id: str, spec: GrammarSpec) -> GrammarMatcher:
         """A matcher for one sequence: ready at once if the grammar is known, else later."""
         matcher = GrammarMatcher(request_id)
@@ -171,6 +176,8 @@ class GrammarCompiler:
 
     def _run(self) -> None:
         step_back()
+        with contextlib.suppress(LoramuxError):  # the first grammar will say it
+            self._load()
         while (job := self._jobs.get()) is not None:
             job.thread = threading.current_thread()
             job.began_s = began_s = time.monotonic()
@@ -187,8 +194,12 @@ class GrammarCompiler:
                 return
 
     def _compile(self, job: _Job) -> LLMatcher:
+        tokenizer = self._load()
+        job.began_s = time.monotonic()  # its own time only
+        return compile_grammar(job.spec, tokenizer)
+
+    def _load(self) -> LLTokenizer:
         with self._load_lock:
             if self._tokenizer is None:
                 self._tokenizer = load_tokenizer(self._folder)
-        job.began_s = time.monotonic()
-        return compile_grammar(job.spec, self._tokenizer)
+            return self._tokenizer

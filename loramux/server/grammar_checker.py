@@ -101,7 +101,9 @@ class GrammarChecker:
         else:
             self._remembered.move_to_end(spec)
         if verdict.spec is None:
-            raise InvalidRequest(f"{param}: {verdict.reason}", param=param)
+            is_hopeful = param == "response_format" and "Unimplemented keys" in verdict.reason
+            hint = "; strict: false ignores such keywords" if is_hopeful else ""
+            raise InvalidRequest(f"{param}: {verdict.reason}{hint}", param=param)
         return verdict.spec
 
     async def aclose(self) -> None:

@@ -7,7 +7,7 @@ functions here. Nothing here compiles anything: `grammar_checker` does, in a pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,6 +46,9 @@ _FIELD_TYPES: Final[dict[str, tuple[type | tuple[type, ...], str]]] = {
 # Keywords of JSON schema whose entries are named by the user; and those that hold no schema.
 _SCHEMA_MAPS: Final = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+)
+_FORMATS: Final = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
 _PLAIN_VALUES: Final = frozenset(("const", "enum", "default", "examples", "required"))
 
@@ -105,7 +108,7 @@ def json_schema_grammar(
         options["whitespace_flexible"] = False
     else:
         options["whitespace_pattern"] = whitespace
-    plain = schema if isinstance(schema, Mapping) else {"allOf": [schema]}
+    plain = _rewritten(schema, _drop_unknown_format) if isinstance(schema, Mapping) else {"allOf": [schema]}
     return GrammarSpec("json_schema", msgspec.json.encode({**plain, OPTIONS_KEY: options}).decode())
 
 
@@ -194,7 +197,7 @@ def structured_grammar(params: StructuredOutputsParams, limits: Limits) -> Gramm
     schema = {"type": "object"} if params.json is None else _read_schema(params.json, limits)
     _check_depth(schema, limits.schema_depth, _VLLM_FIELD)
     if params.disable_additional_properties:
-        schema = _closed(schema)
+        schema = _rewritten(schema, _close)
     spec = _encoded(schema, _VLLM_FIELD, whitespace=whitespace)
     _check_bytes("json", spec.text, limits.schema_bytes, "--max-schema-bytes")
     return spec
@@ -281,25 +284,32 @@ def _encoded(
         raise _refusal(f"the schema cannot be written as JSON: {error}", param) from error
 
 
-def _closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` wherever it describes an object and does not say."""
+def _rewritten(schema: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    """A copy of a schema after `change` of every schema in it, the innermost first."""
     if isinstance(schema, list):
-        return [_closed(entry) for entry in schema]
+        return [_rewritten(entry, change) for entry in schema]
     if not isinstance(schema, Mapping):
         return schema
-    closed = {
-        name: (
-            {key: _closed(inner) for key, inner in value.items()}
-            if name in _SCHEMA_MAPS and isinstance(value, Mapping)
-            else value
-            if name in _PLAIN_VALUES
-            else _closed(value)
-        )
-        for name, value in schema.items()
-    }
-    if "properties" in closed or closed.get("type") == "object":
-        closed.setdefault("additionalProperties", False)
-    return closed
+    copy: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _SCHEMA_MAPS and isinstance(value, Mapping):
+            copy[name] = {key: _rewritten(inner, change) for key, inner in value.items()}
+        else:
+            copy[name] = value if name in _PLAIN_VALUES else _rewritten(value, change)
+    change(copy)
+    return copy
+
+
+def _close(schema: dict[str, Any]) -> None:
+    """No further properties for an object that does not say."""
+    if "properties" in schema or schema.get("type") == "object":
+        schema.setdefault("additionalProperties", False)
+
+
+def _drop_unknown_format(schema: dict[str, Any]) -> None:
+    """A format that nobody checks is a remark, as the specification has it."""
+    if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
+        del schema["format"]
 
 
 def _check_depth(schema: object, limit: int, param: str) -> None:
