@@ -24,6 +24,7 @@ from loramux.engine.adapters.tables import (
     table_weight,
 )
 from loramux.engine.kernels.cpu.dtypes import takes
+from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.kernels.tables import AdapterTables, TableChange
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
@@ -73,8 +74,8 @@ class LanePool:
             for index, site in enumerate(config.sites):
                 widths = [part.out_features for part in site.parts]
                 self._sites[layer, site.name] = SiteLanes(
-                    a=torch.zeros((num_lanes, len(widths), site.in_features), dtype=dtype, device=device),
-                    b=[torch.zeros((num_lanes, width), dtype=dtype, device=device) for width in widths],
+                    a=lazy_zeros((num_lanes, len(widths), site.in_features), dtype=dtype, device=device),
+                    b=[lazy_zeros((num_lanes, width), dtype=dtype, device=device) for width in widths],
                     offsets=[sum(widths[:i]) for i in range(len(widths) + 1)],
                     index=layer * len(config.sites) + index,
                 )

@@ -19,6 +19,7 @@ from loramux.engine.kernels.attention import (
 from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range
 from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, split_evenly, storage
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
+from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
 from loramux.engine.kernels.cpu.rows import rotate_and_store, rotate_and_store_parallel
 from loramux.engine.kernels.cpu.vector_ir import LANES
 from loramux.engine.layers.norm import RMSNorm
@@ -67,8 +68,9 @@ class CpuAttention:
     def empty_cache(self, num_blocks: int) -> KVCache:
         """One layer's cache, zeroed."""
         s = self._shape
-        k = torch.zeros((num_blocks, s.num_kv_heads, s.head_dim, BLOCK), dtype=s.dtype)
-        return KVCache(k, torch.zeros((num_blocks, s.num_kv_heads, BLOCK, s.head_dim), dtype=s.dtype))
+        k = lazy_zeros((num_blocks, s.num_kv_heads, s.head_dim, BLOCK), dtype=s.dtype, device=s.device)
+        v = lazy_zeros((num_blocks, s.num_kv_heads, BLOCK, s.head_dim), dtype=s.dtype, device=s.device)
+        return KVCache(k, v)
 
     def plan(self, layout: BatchLayout) -> CpuAttentionInput:
         """Every token is a row of its own; the rows of a sequence share its table."""
