@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import pytest
 from loramux.engine.types import Distribution, EngineStats
 from loramux.server.observe.engine_metrics import EngineMetrics
 from loramux.server.observe.label_budget import LabelBudget
-from tests.running_server import RunningServer, running_server
+from tests.running_server import ROOT, RunningServer, running_server
 from tests.server.fake_serve import COMMAND
 from tests.server.scrapes import Scrape, scrape, scrape_until
 
+PROMTOOL = os.environ.get("PROMTOOL") or shutil.which("promtool")
 VLLM_COUNTERS = (
     *("prompt_tokens", "prompt_tokens_by_source", "prompt_tokens_cached", "generation_tokens"),
     *("request_success", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits"),
@@ -294,6 +297,30 @@ def test_the_page_has_no_fault_that_a_linter_would_find(http: httpx.Client) -> N
         assert not re.search(r"_(milliseconds|ms|minutes|kilobytes|mb|percent)(_|$)", name), name
         if kind == "histogram":
             assert page.value(f"{name}_count") == page.value(f"{name}_bucket", le="+Inf"), name
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool (set PROMTOOL)")
+def test_promtool_objects_to_nothing_but_vllms_names(http: httpx.Client) -> None:
+    assert PROMTOOL is not None
+    complete(http, prompt="hello")
+
+    done = subprocess.run(
+        [PROMTOOL, "check", "metrics"],
+        input=scrape(http).page,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    objections = [line for line in done.stderr.splitlines() if "should not contain ':'" not in line]
+    assert objections == ['vllm:iteration_tokens_total non-counter metrics should not have "_total" suffix']
+
+
+def test_every_metric_is_explained(http: httpx.Client) -> None:
+    typed = re.findall(r"^# TYPE (\S+)", scrape(http).page, re.MULTILINE)
+
+    explained = (ROOT / "docs" / "metrics.md").read_text()
+    assert [name for name in typed if not re.search(rf"`{name}[`{{]", explained)] == []
 
 
 def test_a_new_engine_adds_to_what_the_one_before_it_counted() -> None:
