@@ -48,7 +48,7 @@ class ChatTemplate:
         source: the Jinja text.
         special_tokens: `bos_token` and the others, by name; the template may write them.
         content_format: "string" gives it the content of messages as text, "openai" as a list of
-            parts; "auto" finds out which of them it reads.
+            parts; "auto" as the client sent it, if the template reads that.
         max_seconds: that one rendering may take.
 
     Raises:
@@ -75,7 +75,9 @@ class ChatTemplate:
         self._max_seconds = max_seconds
         self.special_tokens = dict(special_tokens)
         self.options = frozenset(names) - RESERVED  # names that a request may set
-        self.reads_parts = _reads_parts(tree) if content_format == "auto" else content_format == "openai"
+        self.reads_parts, self.reads_text = content_format == "openai", content_format == "string"
+        if content_format == "auto":
+            self.reads_parts, self.reads_text = _content_forms(tree)
 
     def render(
         self,
@@ -90,7 +92,8 @@ class ChatTemplate:
         """The prompt text of a conversation.
 
         Args:
-            messages: objects with at least `role`; not changed.
+            messages: objects with `role` and `content`, a text or a list of text parts; not changed.
+                The template gets the form that it reads.
             add_generation_prompt: end with the start of the assistant's turn.
             continue_final_message: end inside the last message, so that the model goes on with it.
             tools, documents: for templates that show them; None = there are none.
@@ -101,7 +104,8 @@ class ChatTemplate:
         """
         values: dict[str, Any] = dict(self.special_tokens)
         values |= {name: value for name, value in (options or {}).items() if name in self.options}
-        values |= {"messages": messages, "tools": tools or None, "documents": documents or None}
+        shown = [{**message, "content": self._form_of(message.get("content"))} for message in messages]
+        values |= {"messages": shown, "tools": tools or None, "documents": documents or None}
         values["add_generation_prompt"] = add_generation_prompt and not continue_final_message
         try:
             text = self._generate(values)
@@ -112,6 +116,14 @@ class ChatTemplate:
             message = f"the chat template refuses these messages: {type(error).__name__}"
             raise InvalidRequest(message, param="messages") from error
         return _cut_after(text, messages[-1].get("content")) if continue_final_message else text
+
+    def _form_of(self, content: Any) -> Any:
+        """A content in the form that the template reads; several parts become lines."""
+        if isinstance(content, str) and not self.reads_text:
+            return [{"type": "text", "text": content}]
+        if isinstance(content, list) and not self.reads_parts:
+            return "\n".join(part["text"] for part in content)
+        return content
 
     def _generate(self, values: Mapping[str, Any]) -> str:
         check_clock = _clock(self._max_seconds)
@@ -188,13 +200,16 @@ def _cut_after(text: str, content: object) -> str:
     return text[: position + len(final)]
 
 
-def _reads_parts(tree: jinja2.nodes.Template) -> bool:
-    """Whether the template goes through the parts of a content, and has no word for content as text."""
+def _content_forms(tree: jinja2.nodes.Template) -> tuple[bool, bool]:
+    """Whether the template reads content in parts, and whether as text.
+
+    Parts, if it goes through them; text, unless it does that without a word for content as text.
+    """
     loops = any(_is_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For))
     knows_text = any(
         test.name == "string" and _is_content(test.node) for test in tree.find_all(jinja2.nodes.Test)
     )
-    return loops and not knows_text
+    return loops, knows_text or not loops
 
 
 def _is_content(node: jinja2.nodes.Node) -> bool:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal
 
-import msgspec
-
 from loramux.engine.errors import ContextTooLong, InvalidRequest
 from loramux.server.api_config import ApiConfig
 from loramux.server.chat_template import ChatTemplate, check_options
@@ -24,6 +22,7 @@ from loramux.server.sampling_params import check_token_ids
 from loramux.server.schemas.chat import ChatMessage
 from loramux.server.template_process import TemplateProcesses
 from loramux.server.tokenizer import Tokenizer
+from loramux.server.tool_history import read_arguments
 
 Side = Literal["left", "right"]  # the one that truncation takes from
 
@@ -207,10 +206,7 @@ class PromptBuilder:
                 values=values,
             )
         assert self._template is not None
-        is_long = sum(len(message["content"]) for message in messages) > _THREAD_ABOVE_CHARS
-        if self._template.reads_parts:
-            for message in messages:
-                message["content"] = [{"type": "text", "text": message["content"]}]
+        is_long = sum(map(_num_chars, messages)) > _THREAD_ABOVE_CHARS
         render = partial(self._template.render, messages, **values)
         return await asyncio.to_thread(render) if is_long else render()
 
@@ -279,7 +275,7 @@ def _split(
 
 
 def _plain_message(number: int, message: ChatMessage) -> dict[str, Any]:
-    """A message as templates expect it: text content, and arguments of tool calls as objects."""
+    """A message as templates expect it: only text, and arguments of tool calls as objects."""
     content = _text_content(number, message.content)  # first: copying thousands of parts takes its time
     plain = message.model_dump(exclude_none=True, exclude={"content"})
     if reasoning := message.reasoning_content or message.reasoning:
@@ -287,8 +283,8 @@ def _plain_message(number: int, message: ChatMessage) -> dict[str, Any]:
     plain["content"] = content
     if plain["role"] == "developer":
         plain["role"] = "system"
-    for call in plain.get("tool_calls", ()):
-        _parse_arguments(number, call)
+    for position, call in enumerate(plain.get("tool_calls", ())):
+        read_arguments(call, f"messages[{number}].tool_calls[{position}]")
     return plain
 
 
@@ -300,11 +296,16 @@ def _content_chars(message: ChatMessage) -> int:
     return sum(len(text) for text in texts if isinstance(text, str))
 
 
-def _text_content(number: int, content: str | list[dict[str, Any]] | None) -> str:
-    """The text of a message's content; its parts are joined by line breaks, as vLLM does."""
+def _num_chars(message: Mapping[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+
+
+def _text_content(number: int, content: str | list[dict[str, Any]] | None) -> str | list[dict[str, Any]]:
+    """A message's content, checked to be text or parts of text."""
     if content is None or isinstance(content, str):
         return content or ""
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for position, part in enumerate(content):
         field = f"messages[{number}].content[{position}]"
         kind = part.get("type")
@@ -313,16 +314,5 @@ def _text_content(number: int, content: str | list[dict[str, Any]] | None) -> st
             raise UnsupportedContent(message, param=field)
         if not isinstance(part.get("text"), str):
             raise InvalidRequest(f"{field}.text must be a string", param=field)
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _parse_arguments(number: int, call: dict[str, Any]) -> None:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return
-    try:
-        function["arguments"] = msgspec.json.decode(function["arguments"] or "{}")
-    except msgspec.DecodeError as error:
-        field = f"messages[{number}].tool_calls"
-        raise InvalidRequest(f"{field}: arguments must be a JSON text: {error}", param=field) from error
+        parts.append({"type": "text", "text": part["text"]})
+    return parts

@@ -63,7 +63,7 @@ class TemplateProcesses:
         Args:
             source: the Jinja text.
             special_tokens: as for `ChatTemplate`.
-            messages: as for `ChatTemplate.render`, their content as text.
+            messages: as for `ChatTemplate.render`.
             content_format: as for `ChatTemplate`.
             values: the other arguments of `ChatTemplate.render`, by name.
 
@@ -125,9 +125,6 @@ def main() -> None:
 def _render(asked: Rendering) -> Rendered:
     try:
         template = ChatTemplate(asked.source, asked.special_tokens, content_format=asked.content_format)
-        if template.reads_parts:
-            for message in asked.messages:
-                message["content"] = [{"type": "text", "text": message["content"]}]
         return Rendered(text=template.render(asked.messages, **asked.values))
     except (InvalidRequest, InvalidConfig) as error:
         return Rendered(error=error.message)

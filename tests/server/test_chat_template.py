@@ -107,22 +107,32 @@ def test_products_of_a_reasonable_size_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "reads_parts"),
+    ("source", "from_text", "from_parts"),
     [
-        ("{% for p in messages[0].content %}{{ p.text }}{% endfor %}", True),
-        ("{% for p in messages[0]['content'] %}{{ p['text'] }}{% endfor %}", True),
-        ("{{ messages[0].content }}", False),
+        ("{% for p in messages[0].content %}<{{ p.text }}>{% endfor %}", "<ab>", "<a><b>"),
+        ("{% for p in messages[0]['content'] %}<{{ p['text'] }}>{% endfor %}", "<ab>", "<a><b>"),
+        ("({{ messages[0].content }})", "(ab)", "(a\nb)"),
         (
-            "{% if messages[0].content is string %}{{ messages[0].content }}"
-            "{% else %}{% for p in messages[0].content %}{{ p.text }}{% endfor %}{% endif %}",
-            False,
+            "{% if messages[0].content is string %}({{ messages[0].content }})"
+            "{% else %}{% for p in messages[0].content %}<{{ p.text }}>{% endfor %}{% endif %}",
+            "(ab)",
+            "<a><b>",
         ),
     ],
 )
-def test_template_that_only_reads_parts_is_found_out(source: str, reads_parts: bool) -> None:
-    assert ChatTemplate(source, {}).reads_parts is reads_parts
-    assert ChatTemplate(source, {}, content_format="openai").reads_parts
-    assert not ChatTemplate(source, {}, content_format="string").reads_parts
+def test_template_gets_content_in_a_form_that_it_reads(source: str, from_text: str, from_parts: str) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+    assert render(source, [{"role": "user", "content": "ab"}]) == from_text
+    assert render(source, [{"role": "user", "content": parts}]) == from_parts
+
+
+def test_form_of_content_can_be_forced() -> None:
+    source = "{{ messages[0].content is string }}"
+    messages = [{"role": "user", "content": "ab"}]
+
+    assert ChatTemplate(source, {}, content_format="string").render(messages) == "True"
+    assert ChatTemplate(source, {}, content_format="openai").render(messages) == "False"
 
 
 def test_final_message_in_parts_can_be_left_open() -> None:
