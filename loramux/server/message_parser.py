@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from loramux.server.choice import Delta
 from loramux.server.reasoning import ReasoningFormat, ReasoningSplitter
+from loramux.server.tool_history import SHORT_ID_CHARS
 from loramux.server.tool_parsers.base import CallArguments, CallStart, Event, Text, ToolParser
 
 PROMPT_END: Final = 64  # characters of a prompt that say whether it opens the reasoning
@@ -59,6 +60,7 @@ class MessagePlan:
     reasoning_end_id: int | None = None  # the closing mark, if it is one token
     make_tool_parser: Callable[[], ToolParser] | None = None
     parallel_calls: bool = True  # False keeps the first call only
+    short_call_ids: bool = False  # of 9 letters and digits
     calls_end_turn: bool = True  # calls make the finish reason "tool_calls"; not with a named tool
 
     def parser(self, prompt_end: str) -> MessageParser:
@@ -146,11 +148,14 @@ class MessageParser:
                 self._blank.clear()
                 self._text_since_call = False
                 if self._is_kept():
-                    id_ = f"chatcmpl-tool-{uuid.uuid4().hex}"
-                    parts.append(CallPart(self.num_calls - 1, id_, name))
+                    parts.append(CallPart(self.num_calls - 1, self._new_id(), name))
             case CallArguments(text):
                 if self._is_kept():
                     parts.append(ArgumentsPart(self.num_calls - 1, text))
+
+    def _new_id(self) -> str:
+        id_ = uuid.uuid4().hex
+        return id_[:SHORT_ID_CHARS] if self._plan.short_call_ids else f"chatcmpl-tool-{id_}"
 
     def _is_kept(self) -> bool:
         return self._plan.parallel_calls or self.num_calls == 1

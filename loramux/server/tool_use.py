@@ -16,11 +16,12 @@ from loramux.server import reasoning
 from loramux.server.limits import Limits
 from loramux.server.message_parser import MessagePlan
 from loramux.server.reasoning import REASONING_FORMATS, Beginning, ReasoningFormat
-from loramux.server.schemas.chat import ChatRequest, ChatTool
+from loramux.server.schemas.chat import ChatMessage, ChatRequest, ChatTool
 from loramux.server.structured import Requested
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_config import AUTO, ToolConfig
 from loramux.server.tool_grammar import after_reasoning, answer_or_calls, arguments_grammar, calls_grammar
+from loramux.server.tool_history import with_short_ids
 from loramux.server.tool_parsers.forced import NamedCallParser, RequiredCallsParser
 from loramux.server.tool_parsers.registry import TOOL_FORMATS, ToolFormat, format_of_template
 
@@ -66,6 +67,7 @@ class ToolDesk:
         self.reasoning: ReasoningFormat | None = REASONING_FORMATS.get(config.reasoning_parser)
         if config.reasoning_parser == AUTO:
             self.reasoning = reasoning.reasoning_of_template(source)
+        self._has_short_ids = self.format is not None and self.format.short_ids
         if config.auto_tool_choice and self.format is None:
             names = ", ".join(TOOL_FORMATS)
             message = (
@@ -86,6 +88,7 @@ class ToolDesk:
             reasoning=self.reasoning,
             reasoning_end_id=self._tokenizer.token_id(reasoning.CLOSE),
             parallel_calls=body.parallel_tool_calls,
+            short_call_ids=self._has_short_ids,
         )
         tools = body.tools or []
         grammar: GrammarSpec | None = None
@@ -113,6 +116,10 @@ class ToolDesk:
             tools=tools,
             shown_special_token_ids=self._special_ids(marks),
         )
+
+    def history(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+        """The messages with ids of calls as the chat template takes them."""
+        return with_short_ids(messages) if self._has_short_ids else messages
 
     def constrained(self, use: ToolUse, asked: Requested | None, prompt_end: str) -> Requested | None:
         """What the whole text of the model is constrained to; None if it is free.

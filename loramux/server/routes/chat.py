@@ -84,7 +84,7 @@ async def prepare_chat(body: ChatRequest, services: Services) -> tuple[Prompt, S
     use = services.tools.plan(body)
     asked = requested_grammar(body.response_format, body.structured_outputs, services.config.server.limits)
     prompt = await services.prompts.from_chat(
-        body.messages,
+        services.tools.history(body.messages),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         tools=use.prompt_tools or (),

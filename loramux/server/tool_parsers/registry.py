@@ -16,11 +16,12 @@ class ToolFormat:
     name: str
     parser: ParserFactory
     marks: tuple[str, ...]  # may be special tokens; must then be shown to the parser
+    short_ids: bool = False  # the model's template takes only ids of 9 letters and digits
 
 
 _HERMES: Final = ToolFormat("hermes", hermes.HermesParser, hermes.MARKS)
 _LLAMA3: Final = ToolFormat("llama3_json", llama3_json.Llama3JsonParser, llama3_json.MARKS)
-_MISTRAL: Final = ToolFormat("mistral", mistral.MistralParser, mistral.MARKS)
+_MISTRAL: Final = ToolFormat("mistral", mistral.MistralParser, mistral.MARKS, short_ids=True)
 _PYTHONIC: Final = ToolFormat("pythonic", pythonic.PythonicParser, pythonic.MARKS)
 
 TOOL_FORMATS: Final = {
@@ -35,7 +36,8 @@ TOOL_FORMATS: Final = {
 
 # What a chat template says when it teaches a format; the first row that is found decides.
 _SIGNS: Final = (
-    ("<function=", None),  # XML inside <tool_call>: not supported
+    ("<function=", None),  # XML inside <tool_call>, as Qwen3-Coder and GLM write it: not supported
+    ("<arg_key>", None),
     ("[TOOL_CALLS]", _MISTRAL),
     ("func_name1(", _PYTHONIC),
     ("<tool_call>", _HERMES),
