@@ -18,7 +18,7 @@ _INT64: Final = {"minimum": -(2**63), "maximum": 2**63 - 1}
 # Fields that are read only to be refused, so that nobody takes them for ignored.
 _REFUSED: Final = (
     *("use_beam_search", "length_penalty", "best_of", "repetition_detection", "suffix", "prompt_embeds"),
-    *("media_io_kwargs", "mm_processor_kwargs"),
+    *("media_io_kwargs", "mm_processor_kwargs", "thinking_token_budget"),
     *(
         f"guided_{kind}"
         for kind in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")

@@ -153,7 +153,7 @@ class ToolDesk:
             if body.tool_choice in (None, "none"):
                 return "none", ""
             raise InvalidRequest("tool_choice needs tools", param="tool_choice")
-        self._check_tools(body.tools)
+        self.check_tools(body.tools)
         choice = body.tool_choice or "auto"
         if isinstance(choice, str):
             if choice not in _CHOICES:
@@ -171,7 +171,12 @@ class ToolDesk:
             raise InvalidRequest(message, param="tool_choice")
         return "function", name
 
-    def _check_tools(self, tools: Sequence[ChatTool]) -> None:
+    def check_tools(self, tools: Sequence[ChatTool]) -> None:
+        """Refuse tools that no request may bring.
+
+        Raises:
+            InvalidRequest: names the tool at fault, or the limit.
+        """
         if not tools:
             raise InvalidRequest("tools must not be empty; leave it out instead", param="tools")
         if len(tools) > self._limits.tools:

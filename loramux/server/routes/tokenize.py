@@ -28,8 +28,10 @@ async def tokenize(request: Request, body: TokenizeRequest, services: ServicesDe
     await services.adapter_of(body.model, request)
     body.check_supported()
     if body.messages is not None:
+        if body.tools:
+            services.tools.check_tools(body.tools)
         prompt = await services.prompts.from_chat(
-            body.messages,
+            services.tools.history(body.messages),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             tools=[tool.model_dump(exclude_unset=True) for tool in body.tools],
