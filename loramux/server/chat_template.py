@@ -162,15 +162,27 @@ def check_options(options: Mapping[str, Any], allowed: frozenset[str] | None) ->
 
 
 def find_chat_template(folder: Path) -> str | None:
-    """The template text of a model folder: chat_template.jinja, else tokenizer_config.json."""
+    """The template text of a model folder: chat_template.jinja, else tokenizer_config.json.
+
+    A template of its own for requests with tools becomes part of it.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        of_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+        tool_use = of_tools.read_text(encoding="utf-8") if of_tools.is_file() else None
+        return _joined(file.read_text(encoding="utf-8"), tool_use)
     value = read_json_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):  # several named ones: [{"name": ..., "template": ...}]
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
+        return _joined(named.get("default"), named.get("tool_use"))
     return value if isinstance(value, str) else None
+
+
+def _joined(default: object, tool_use: object) -> str | None:
+    """One template of two: the second one is for requests with tools."""
+    if not isinstance(default, str) or not isinstance(tool_use, str):
+        return default if isinstance(default, str) else None
+    return f"{{% if tools %}}{tool_use}{{% else %}}{default}{{% endif %}}"
 
 
 def read_chat_template(value: str) -> str:

@@ -164,9 +164,16 @@ def test_template_is_found_in_the_folder(tmp_path: Path) -> None:
     assert find_chat_template(tmp_path) == "one"
     named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
     config.write_text(json.dumps({"chat_template": named}))
-    assert find_chat_template(tmp_path) == "three"
+    both = find_chat_template(tmp_path)
+    assert both is not None
+    assert (render(both), render(both, tools=[{"type": "function"}])) == ("three", "two")
     (tmp_path / "chat_template.jinja").write_text("four")
     assert find_chat_template(tmp_path) == "four"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("five")
+    both = find_chat_template(tmp_path)
+    assert both is not None
+    assert (render(both), render(both, tools=[{"type": "function"}])) == ("four", "five")
 
 
 def test_flag_takes_a_file_or_a_template(tmp_path: Path) -> None:
