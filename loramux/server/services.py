@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from loramux.server.access.access import Access
-from loramux.server.access.caller import caller_of
+from loramux.server.access.caller import Caller, caller_of
 from loramux.server.adapter_manager import AdapterManager
 from loramux.server.adapter_names import MAX_NAME_CHARS, require_model
 from loramux.server.adapter_upload import Uploads
@@ -83,14 +83,20 @@ class Services:
         """The name an answer carries: the requested one, the base model's if there was none."""
         return model or self.adapters.base_names[0]
 
-    def not_ready(self) -> list[str]:
-        """Why no request should be sent here now; empty when all is well."""
+    def not_ready(self, caller: Caller) -> list[str]:
+        """Why no request should be sent here now; empty when all is well.
+
+        Names and failures of adapters are for callers from whom none is hidden.
+        """
         reasons: list[str] = []
         if (problem := self.engine.problem) is not None:
             reasons.append(problem)
         if self.drain.has_begun:
             reasons.append("the server is draining: it shuts down")
-        return [*reasons, *self.manager.missing()]
+        missing = self.manager.missing()
+        if missing and not caller.sees_everything:
+            missing = [f"{len(missing)} pinned adapters are not loaded"]
+        return [*reasons, *missing]
 
 
 def get_services(request: Request) -> Services:

@@ -41,8 +41,11 @@ def guarded(
         key_entry("reader", "adapters:read"),
         key_entry("red", *ALL[:3], adapters=["red/*"], sources=[f"file://{sources}/red/*"]),
     )
+    wanted = keys.with_name("adapters.yaml")
+    wanted.write_text(f"adapters: [{{name: wanted, source: {sources}/nowhere, pinned: true}}]")
     with running_server(
         *(str(text_model), "--served-model-name=tiny", "--enable-lora", "--allow-runtime-lora-updating"),
+        f"--adapters-file={wanted}",
         *("--lora-modules", f"shout={adapter_folder}", f"red/base={adapter_folder}"),
         *(f"--allowed-local-path={sources}", f"--api-keys-file={keys}", "--host=127.0.0.1"),
         *("--root-path=/llm", '--allowed-origins=["http://page"]'),
@@ -158,6 +161,18 @@ def test_lists_show_what_the_key_may_use(http: httpx.Client) -> None:
     assert list(http.get("/v1/loras", headers=bearer("red")).json()["loras"]) == ["red/base"]
 
 
+def test_what_is_missing_is_named_to_those_who_may_know_it(http: httpx.Client) -> None:
+    answers = [http.get("/ready", headers=headers) for headers in ({}, bearer("red"), bearer("boss"))]
+
+    assert {answer.status_code for answer in answers} == {503}
+    outside, other, boss = (answer.json()["reasons"] for answer in answers)
+    assert outside == other == ["1 pinned adapters are not loaded"]
+    assert boss[0].startswith("pinned adapter 'wanted': ")
+    rows = [http.get("/v1/lora_adapters", headers=bearer(key)).json() for key in ("red", "boss")]
+    assert rows[0]["desired"] is None
+    assert rows[1]["desired"]["drift"][0]["name"] == "wanted"
+
+
 CHANGES = [
     ("PUT", "/v1/lora_adapters/{name}", {"source": "{source}"}),
     ("POST", "/v1/load_lora_adapter", {"lora_name": "{name}", "lora_path": "{source}"}),
@@ -249,7 +264,8 @@ def test_server_without_keys_passes_the_requests_salt_on(fake_server: RunningSer
 
 def test_hangup_reads_the_keys_again(text_model: Path, tmp_path: Path) -> None:
     keys = write_keys(tmp_path / "keys.json", key_entry("old", *ALL))
-    arguments = (str(text_model), f"--api-keys-file={keys}", "--host=127.0.0.1")
+    audit = tmp_path / "audit.jsonl"
+    arguments = (str(text_model), f"--api-keys-file={keys}", f"--audit-log={audit}", "--host=127.0.0.1")
     with running_server(*arguments, command=COMMAND) as server, server.client() as http:
         assert http.get("/v1/models", headers=bearer("old")).status_code == 200
 
@@ -263,6 +279,9 @@ def test_hangup_reads_the_keys_again(text_model: Path, tmp_path: Path) -> None:
         server.wait_line("--api-keys-file: 1 keys")
         assert http.get("/v1/models", headers=bearer("old")).status_code == 401
         assert http.get("/v1/models", headers=bearer("new")).status_code == 200
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    reloads = [(line["result"], line["num_keys"]) for line in lines if line["action"] == "keys.reload"]
+    assert reloads == [("error", 1), ("ok", 1)]
 
 
 def test_wrong_keys_file_stops_the_start(text_model: Path, tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ class Access:
 
     async def reload(self) -> None:
         """Read the keys file again. The audit log follows a rotation by itself."""
-        await self.keys.reload()
+        if self.config.api_keys_file is not None:
+            is_done = await self.keys.reload()
+            self.audit.keys_changed(self.keys.num_keys, is_done=is_done)
 
     def close(self) -> None:
         """Write down what is left to be written."""

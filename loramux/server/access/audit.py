@@ -111,6 +111,10 @@ class AuditLog:
             }
         )
 
+    def keys_changed(self, num_keys: int, *, is_done: bool) -> None:
+        """The keys file was read again; there are so many keys now."""
+        self._put({"action": "keys.reload", "result": "ok" if is_done else "error", "num_keys": num_keys})
+
     def denied(self, error: LoramuxError, *, method: str, path: str, name: str | None = None) -> None:
         """A request was refused for who sent it."""
         if self._queue.qsize() >= self._max_queued:

@@ -11,7 +11,13 @@ from starlette.responses import Response
 from loramux.server.errors import CorsRefused, respond
 
 # What a page's script may read of an answer.
-EXPOSED_HEADERS: Final = ("x-request-id", "retry-after", "x-should-retry", "x-loramux-adapter")
+EXPOSED_HEADERS: Final = (
+    "x-request-id",
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+    "x-loramux-adapter",
+)
 
 
 class CorsLayer(CORSMiddleware):

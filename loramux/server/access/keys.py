@@ -112,17 +112,23 @@ class KeyRing:
                 found = caller
         return found
 
-    async def reload(self) -> None:
-        """Read the keys file again; a wrong one changes nothing and is named in the log."""
+    @property
+    def num_keys(self) -> int:
+        """How many there are."""
+        return len(self._callers)
+
+    async def reload(self) -> bool:
+        """Read the keys file again; a wrong one changes nothing, is named in the log, and gives False."""
         if self._path is None:
-            return
+            return True
         try:
             entries = await asyncio.to_thread(read_keys, self._path)
             self._use(entries)
         except InvalidConfig as error:
             logger.error("%s; the keys stay as they are", error.message)
-        else:
-            logger.info("%s: %d keys", FLAG, len(entries))
+            return False
+        logger.info("%s: %d keys", FLAG, len(entries))
+        return True
 
     def _use(self, entries: Sequence[KeyEntry]) -> None:
         every = [*self._plain, *entries]

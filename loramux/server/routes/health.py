@@ -6,8 +6,9 @@ All but `/load` answer from memory, at once, and need no key.
 from __future__ import annotations
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
+from loramux.server.access.caller import caller_of
 from loramux.server.access.scopes import needs
 from loramux.server.services import ServicesDep
 from loramux.version import __version__
@@ -36,9 +37,9 @@ async def health(services: ServicesDep) -> Response:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 @needs("public")
-async def ready(services: ServicesDep) -> Response:
+async def ready(request: Request, services: ServicesDep) -> Response:
     """200 when requests are welcome, else 503 with the reasons."""
-    reasons = services.not_ready()
+    reasons = services.not_ready(caller_of(request.scope))
     body = msgspec.json.encode({"ready": not reasons, "reasons": reasons})
     return Response(body, 503 if reasons else 200, media_type="application/json")
 
