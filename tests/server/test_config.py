@@ -71,12 +71,7 @@ def test_command_line_of_a_platform_starts() -> None:
     assert config.server.allowed_origins == ("*",)
     assert config.engine.max_num_seqs == 16
     named = " ".join(config.warnings)
-    for flag in (
-        "--enforce-eager",
-        "--tensor-parallel-size",
-        "--speculative-config",
-        "--disable-log-requests",
-    ):
+    for flag in ("--enforce-eager", "--tensor-parallel-size", "--speculative-config"):
         assert f"{flag} has no effect" in named
 
 
