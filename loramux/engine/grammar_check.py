@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -23,7 +24,8 @@ from loramux.engine.errors import InvalidRequest
 from loramux.engine.grammar import compile_grammar, load_tokenizer, translate
 from loramux.engine.types import GrammarSpec
 
-MEMORY_BYTES: Final = 512 << 20  # that compilations may add to the process
+MEMORY_BYTES: Final = 128 << 20  # that compilations may add to the process; a schema of a page needs 5 MiB
+STACK_BYTES: Final = 1 << 20  # less than any thread of the engine has: what ends one ends this process first
 NICENESS: Final = 5
 LENGTH_BYTES: Final = 4
 _GRACE_S: Final = 2  # the server ends the process first, if it still lives
@@ -49,10 +51,19 @@ def check(spec: GrammarSpec, tokenizer: LLTokenizer) -> Verdict:
 
 
 def main(tokenizer_folder: str, timeout_s: str) -> int:
-    """Answer frames until stdin ends; the first frame out says that the tokenizer is loaded."""
+    """Answer frames until stdin ends; the first frame out says whether the tokenizer could be loaded."""
+    codes: list[int] = []
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=lambda: codes.append(_serve(Path(tokenizer_folder), float(timeout_s))))
+    thread.start()
+    thread.join()
+    return codes[0] if codes else 1
+
+
+def _serve(tokenizer_folder: Path, timeout_s: float) -> int:
     out = sys.stdout.buffer
     try:
-        tokenizer = load_tokenizer(Path(tokenizer_folder))
+        tokenizer = load_tokenizer(tokenizer_folder)
     except InvalidRequest as error:
         _write(out, Verdict(None, error.message))
         return 1
@@ -60,7 +71,7 @@ def main(tokenizer_folder: str, timeout_s: str) -> int:
     _write(out, Verdict(None))
     while (head := sys.stdin.buffer.read(LENGTH_BYTES)) and len(head) == LENGTH_BYTES:
         frame = sys.stdin.buffer.read(int.from_bytes(head, "big"))
-        signal.alarm(math.ceil(float(timeout_s)) + _GRACE_S)  # ends the process even inside native code
+        signal.alarm(math.ceil(timeout_s) + _GRACE_S)  # ends the process even inside native code
         verdict = check(msgspec.msgpack.decode(frame, type=GrammarSpec), tokenizer)
         signal.alarm(0)
         _write(out, verdict)

@@ -143,7 +143,7 @@ class GrammarChecker:
                 limit = f"{self._timeout_s:g} s (the server's --grammar-compile-timeout)"
                 verdict = _Verdict(None, f"the grammar takes longer than {limit} to compile")
             except (EOFError, OSError):
-                verdict = _Verdict(None, "the grammar takes too much memory to compile")
+                verdict = _Verdict(None, "the grammar is too complex: it takes too much memory to compile")
             finally:
                 if process not in self._idle:
                     await process.end()
@@ -179,6 +179,7 @@ class _Process:
             *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # what native code says when it runs out of memory
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             start_new_session=True,  # Ctrl-C reaches the server only
         )

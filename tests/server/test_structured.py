@@ -1,0 +1,340 @@
+"""Fields that constrain an answer: what they mean, what is refused, and that refusing cannot be stalled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from loramux.engine.errors import InvalidRequest, Overloaded
+from loramux.engine.types import GrammarSpec
+from loramux.server.grammar_checker import GrammarChecker
+from loramux.server.limits import Limits
+from loramux.server.sampling_params import SamplingParams
+from loramux.server.structured import (
+    GUIDED,
+    OPTIONS_KEY,
+    StructuredOutputsParams,
+    choice_grammar,
+    json_schema_grammar,
+    lark_grammar,
+    regex_grammar,
+    requested_grammar,
+)
+
+LIMITS: Final = Limits(schema_bytes=2000, schema_depth=6, regex_bytes=50, choices=3, grammars_in_flight=2)
+OBJECT: Final = {"type": "object", "properties": {"a": {"type": "integer"}}}
+SLOW: Final = json_schema_grammar({"type": "integer", "multipleOf": 99991})  # most of a second
+CHAT: Final = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def asked(
+    response_format: dict[str, Any] | None = None, structured_outputs: dict[str, Any] | None = None
+) -> GrammarSpec | None:
+    found = requested_grammar(response_format, structured_outputs, LIMITS)
+    return None if found is None else found.spec
+
+
+def schema_of(spec: GrammarSpec | None) -> dict[str, Any]:
+    """The schema, without the compiler's options."""
+    assert spec is not None
+    assert spec.kind == "json_schema"
+    schema: dict[str, Any] = json.loads(spec.text)
+    del schema[OPTIONS_KEY]
+    return schema
+
+
+def options_of(spec: GrammarSpec | None) -> dict[str, Any]:
+    assert spec is not None
+    options: dict[str, Any] = json.loads(spec.text)[OPTIONS_KEY]
+    return options
+
+
+def format_of(schema: object, **more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"type": "text"}])
+def test_plain_text_needs_no_grammar(nothing: dict[str, Any] | None) -> None:
+    assert asked(nothing, None) is None
+    assert asked(nothing, {}) is None
+
+
+def test_json_object_is_any_object() -> None:
+    assert schema_of(asked({"type": "json_object"})) == {"type": "object"}
+    assert asked(None, {"json_object": True}) == asked({"type": "json_object"})
+
+
+def test_schemas_arrive_unchanged() -> None:
+    assert schema_of(asked(format_of(OBJECT, strict=True))) == OBJECT
+    assert schema_of(asked(None, {"json": OBJECT})) == OBJECT
+    assert schema_of(asked(None, {"json": json.dumps(OBJECT), "regex": None})) == OBJECT
+
+
+def test_only_strict_false_ignores_what_cannot_be_enforced() -> None:
+    assert options_of(asked(format_of(OBJECT, strict=False)))["lenient"] is True
+    assert options_of(asked(format_of(OBJECT, strict=True)))["lenient"] is False
+    assert options_of(asked(format_of(OBJECT)))["lenient"] is False
+
+
+def test_options_inside_a_schema_are_not_the_clients_to_set() -> None:
+    assert options_of(asked(format_of({**OBJECT, OPTIONS_KEY: {"lenient": True}})))["lenient"] is False
+
+
+def test_formats_that_nobody_checks_are_remarks() -> None:
+    schema = {"properties": {"format": {"type": "string", "format": "color"}, "b": {"format": "date"}}}
+
+    assert schema_of(asked(format_of(schema))) == {
+        "properties": {"format": {"type": "string"}, "b": {"format": "date"}}
+    }
+
+
+def test_whitespace_can_be_chosen() -> None:
+    plain, none, own = (
+        options_of(asked(None, {"json": OBJECT, **more}))
+        for more in ({}, {"disable_any_whitespace": True}, {"whitespace_pattern": " ?"})
+    )
+
+    assert plain["whitespace_pattern"] == r"[ \t\r\n]{1,32}"
+    assert none["whitespace_flexible"] is False
+    assert own["whitespace_pattern"] == " ?"
+
+
+def test_additional_properties_can_be_closed_everywhere_but_where_values_stand() -> None:
+    schema = {
+        **OBJECT,
+        "properties": {"type": {"type": "object"}, "open": {**OBJECT, "additionalProperties": True}},
+        "default": {"type": "object"},
+        "anyOf": [OBJECT],
+    }
+    closed = schema_of(asked(None, {"json": schema, "disable_additional_properties": True}))
+
+    assert closed["additionalProperties"] is False
+    assert closed["properties"]["type"]["additionalProperties"] is False
+    assert closed["properties"]["open"]["additionalProperties"] is True
+    assert closed["anyOf"][0]["additionalProperties"] is False
+    assert closed["default"] == {"type": "object"}
+
+
+def test_other_kinds_become_their_grammars() -> None:
+    assert asked(None, {"regex": "a+"}) == regex_grammar("a+")
+    assert asked(None, {"choice": ["a", 'ü"\n']}) == lark_grammar('start: "a" | "ü\\"\\n"')
+    assert asked(None, {"grammar": "root ::= x"}) == GrammarSpec("ebnf", "root ::= x")
+
+
+@pytest.mark.parametrize(
+    ("field", "fragment"),
+    [
+        ({"type": "xml"}, "'xml'"),
+        ({}.fromkeys(["schema"]), "None"),
+        ({"type": "structural_tag"}, "structural_tag"),
+        ({"type": "json_schema"}, "json_schema must be an object"),
+        ({"type": "json_schema", "json_schema": {}}, "must be an object, got None"),
+        (format_of([]), "got []"),
+        (format_of(OBJECT, strict="yes"), "strict"),
+        (format_of({"description": "x" * 3000}), "--max-schema-bytes"),
+        (format_of({"a": {"a": {"a": {"a": {"a": {"a": {}}}}}}}), "--max-schema-depth"),
+        (format_of({"const": "\ud800"}), "cannot be written"),
+    ],
+)
+def test_wrong_formats_are_refused(field: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked(field)
+
+    assert fragment in caught.value.message
+    assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("field", "fragment"),
+    [
+        ({"other": 1}, "exactly one"),
+        ({"json_object": False}, "exactly one"),
+        ({"regex": "a", "choice": ["a"]}, "regex, choice"),
+        ({"structural_tag": "{}"}, "structural_tag is not supported"),
+        ({"json": 5}, "json must be"),
+        ({"json": "{"}, "not valid JSON"),
+        ({"json": "5"}, "must hold a JSON schema"),
+        ({"json": "[" * 1500}, "not valid JSON"),
+        ({"json": "x" * 3000}, "--max-schema-bytes"),
+        ({"json": {"a": {"a": {"a": {"a": {"a": {"a": {}}}}}}}}, "--max-schema-depth"),
+        ({"json": OBJECT, "whitespace_pattern": " " * 60}, "--max-regex-bytes"),
+        ({"json": OBJECT, "whitespace_pattern": " ", "disable_any_whitespace": True}, "exclude"),
+        ({"regex": "a" * 60}, "--max-regex-bytes"),
+        ({"regex": "ä" * 30}, "60 (the server's --max-regex-bytes)"),
+        ({"regex": ["a"]}, "regex must be a string"),
+        ({"choice": []}, "not empty"),
+        ({"choice": ["a", 1]}, "list of strings"),
+        ({"choice": "abc"}, "choice must be"),
+        ({"choice": ["a"] * 4}, "--max-choices"),
+        ({"choice": ["a" * 3000]}, "--max-schema-bytes"),
+        ({"choice": ["\ud800"]}, "surrogate"),
+        ({"grammar": "a" * 3000}, "--max-schema-bytes"),
+        ({"json_object": "yes"}, "true or false"),
+    ],
+)
+def test_wrong_structured_outputs_are_refused(field: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked(None, field)
+
+    assert fragment in caught.value.message
+    assert caught.value.param == "structured_outputs"
+
+
+def test_two_constraints_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="both"):
+        asked({"type": "json_object"}, {"regex": "a"})
+
+
+def test_offline_parameters_take_the_same_and_refuse_the_same() -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a", "b"]))
+
+    assert params.structured_outputs is not None
+    assert params.structured_outputs.choice == ["a", "b"]
+    with pytest.raises(InvalidRequest, match="exactly one"):
+        StructuredOutputsParams()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def make_checker(folder: Path, timeout_s: float = 30.0, **options: Any) -> GrammarChecker:
+    return GrammarChecker(folder, limits=LIMITS, timeout_s=timeout_s, **options)
+
+
+@pytest.fixture
+async def checker(text_model: Path) -> AsyncIterator[GrammarChecker]:
+    made = make_checker(text_model)
+    yield made
+    await made.aclose()
+
+
+async def refusal(checker: GrammarChecker, spec: GrammarSpec) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        await checker.check(spec, param="tools")
+    assert caught.value.param == "tools"
+    return caught.value.message
+
+
+@pytest.mark.anyio
+async def test_good_grammars_pass_and_gbnf_is_translated(checker: GrammarChecker) -> None:
+    spec = json_schema_grammar(OBJECT)
+
+    assert await checker.check(spec, param="x") == spec
+    translated = await checker.check(GrammarSpec("ebnf", 'root ::= "a"'), param="x")
+    assert translated.kind == "lark"
+    assert '"a"' in translated.text
+
+
+@pytest.mark.anyio
+async def test_bad_grammars_are_refused_and_good_ones_pass_afterwards(checker: GrammarChecker) -> None:
+    assert "unclosed" in await refusal(checker, regex_grammar("("))
+    assert "unclosed" in await refusal(checker, regex_grammar("("))  # remembered
+    assert "no text can match" in await refusal(checker, json_schema_grammar({"$ref": "#"}))
+    assert await checker.check(regex_grammar("a"), param="x")
+
+
+@pytest.mark.anyio
+async def test_a_grammar_that_takes_too_long_is_given_up_in_time(text_model: Path) -> None:
+    checker = make_checker(text_model, timeout_s=0.1)
+    await refusal(checker, regex_grammar("("))  # the process runs
+    began_s = asyncio.get_running_loop().time()
+    message = await refusal(checker, SLOW)
+    took_s = asyncio.get_running_loop().time() - began_s
+    await checker.aclose()
+
+    assert "0.1 s (the server's --grammar-compile-timeout)" in message
+    assert took_s < 5.0
+
+
+@pytest.mark.anyio
+async def test_a_grammar_that_breaks_the_compiler_breaks_nothing_else(checker: GrammarChecker) -> None:
+    count = 1500
+    rules = "\n".join(f"x{i}: x{(i + 1) % count} x{(i + 2) % count}?" for i in range(count))
+    names = " | ".join(f"x{i}" for i in range(count))
+
+    assert "too complex" in await refusal(checker, lark_grammar(f"start: {names}\n{rules}"))
+    assert await checker.check(regex_grammar("a"), param="x")
+
+
+@pytest.mark.anyio
+async def test_equal_grammars_are_tried_once_and_the_queue_is_bounded(checker: GrammarChecker) -> None:
+    waiting = [asyncio.ensure_future(checker.check(SLOW, param="x")) for _ in range(5)]
+    waiting.append(asyncio.ensure_future(checker.check(regex_grammar("b"), param="x")))
+    await asyncio.sleep(0)
+
+    with pytest.raises(Overloaded, match="--max-grammars-in-flight"):
+        await checker.check(regex_grammar("c"), param="x")
+    waiting[0].cancel()  # a client that leaves takes nobody else's answer away
+    results = await asyncio.gather(*waiting[1:])
+    assert results == [SLOW] * 4 + [regex_grammar("b")]
+    assert await checker.check(regex_grammar("c"), param="x")
+
+
+@pytest.mark.anyio
+async def test_a_checker_that_cannot_start_refuses_and_says_so(text_model: Path, tmp_path: Path) -> None:
+    broken = make_checker(text_model, command=(sys.executable, "-c", "raise SystemExit(3)"))
+    no_tokenizer = make_checker(tmp_path)
+
+    assert "cannot be compiled on this server" in await refusal(broken, choice_grammar(["a"]))
+    assert "tokenizer.json" in await refusal(no_tokenizer, choice_grammar(["a"]))
+    await broken.aclose()
+    await no_tokenizer.aclose()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_requests_are_refused_before_the_first_byte_of_a_stream(http: httpx.Client, path: str) -> None:
+    body = {**CHAT, "prompt": "hi", "stream": True}
+    bad = ({"response_format": format_of({"type": "strange"})}, {"structured_outputs": {"regex": "("}})
+    for fields in bad:
+        response = http.post(path, json={**body, **fields})
+
+        assert response.status_code == 400
+        assert response.headers["content-type"].startswith("application/json")
+        assert response.json()["error"]["param"] in fields
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_requests_with_good_grammars_are_answered(http: httpx.Client, path: str) -> None:
+    fields = (
+        {"response_format": {"type": "text"}, "structured_outputs": None},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": format_of(OBJECT, strict=True)},
+        {"structured_outputs": {"choice": ["a", "b"]}, "guided_json": None},
+        {"structured_outputs": {"grammar": 'root ::= "a"'}},
+    )
+    for extra in fields:
+        response = http.post(path, json={**CHAT, "prompt": "hi", **extra})
+
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("name", sorted(GUIDED))
+def test_former_fields_are_refused_with_the_new_name(http: httpx.Client, name: str) -> None:
+    response = http.post("/v1/completions", json={"prompt": "hi", name: "a"})
+
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == name
+    assert f"'{GUIDED[name]}'" in error["message"]
+
+
+def test_a_hint_says_how_to_ignore_a_keyword(http: httpx.Client) -> None:
+    schema = {"type": "array", "uniqueItems": True}
+    strict, loose = (
+        http.post("/v1/chat/completions", json={**CHAT, "response_format": format_of(schema, strict=strict)})
+        for strict in (True, False)
+    )
+
+    assert strict.status_code == 400
+    assert "uniqueItems" in strict.json()["error"]["message"]
+    assert "strict: false" in strict.json()["error"]["message"]
+    assert loose.status_code == 200
