@@ -47,7 +47,13 @@ VLLM_HISTOGRAMS = (
 OWN = {
     "counter": (
         *("adapter_loads", "adapter_evictions", "adapter_requests", "adapter_prompt_tokens"),
-        *("adapter_generation_tokens", "resolver_errors", "queue_rejections", "engine_restarts"),
+        *(
+            "adapter_generation_tokens",
+            "resolver_errors",
+            "queue_rejections",
+            "engine_restarts",
+            "request_errors",
+        ),
     ),
     "gauge": ("adapter_resident_bytes", "adapters", "engine_up", "lanes", "lanes_used"),
     "histogram": (
@@ -160,6 +166,9 @@ def test_a_stop_string_counts_as_stop_and_a_failure_as_error(http: httpx.Client)
         for reason in ("stop", "length", "abort", "error")
     }
     assert reasons == {"stop": 1, "length": 1, "abort": 0, "error": 1}
+    code = "invalid_value"
+    gained = after.value("loramux:request_errors_total", code=code)
+    assert gained - before.value("loramux:request_errors_total", code=code) == 1
 
 
 def test_a_client_that_leaves_counts_as_abort(server: RunningServer, http: httpx.Client) -> None:

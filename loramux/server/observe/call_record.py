@@ -178,6 +178,11 @@ class CallRecord:
         return ",".join(sorted(reasons))
 
     @property
+    def told_error(self) -> str | None:
+        """The code of its error; also that of a client who left before there was an answer."""
+        return self.error or (CLIENT_GONE if self.status is None else None)
+
+    @property
     def unfinished(self) -> str:
         """Why sequences have no end of their own: `error`, or `abort` if the client left."""
         return "error" if self.error not in (None, CLIENT_GONE) else "abort"

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from loramux.engine.config import EngineConfig
 from loramux.engine.types import EngineInfo, EngineStats
 from loramux.server.adapters import AdapterTable
+from loramux.server.errors import ERRORS
 from loramux.server.observe.adapter_metrics import AdapterMetrics
 from loramux.server.observe.call_record import CallRecord
 from loramux.server.observe.engine_metrics import EngineMetrics
@@ -77,7 +78,7 @@ class Metrics(Collector):
         self.requests = RequestMetrics(engine.info.max_model_len)
         self.engine = EngineMetrics()
         self.adapters = AdapterMetrics(max_adapters)
-        self.http = HttpMetrics()
+        self.http = HttpMetrics([entry.code for entry in ERRORS.values()])
         self.calls: Collection[CallRecord] = ()  # in flight
         self._engine = engine
         self._config = config
@@ -91,7 +92,7 @@ class Metrics(Collector):
 
     def finished(self, call: CallRecord) -> None:
         """Count a request that is over."""
-        self.http.add(call.route, call.method, call.status, call.ended_s - call.started_s)
+        self.http.add(call.route, call.method, call.status, call.ended_s - call.started_s, call.told_error)
         self.requests.add(call)
         self.adapters.add(call)
 

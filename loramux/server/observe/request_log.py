@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 from typing import Any, Final
 
-from loramux.server.observe.call_record import CLIENT_GONE, CallRecord
+from loramux.server.observe.call_record import CallRecord
 
 logger = logging.getLogger("loramux.request")
 
@@ -60,7 +60,7 @@ def _fields(call: CallRecord) -> dict[str, Any]:
         "model": call.model,
         "adapter": f"{call.adapter}@{call.adapter_version}" if call.adapter else None,
         "total_ms": _ms(call.ended_s - call.started_s),
-        "error": call.error or (CLIENT_GONE if call.status is None else None),
+        "error": call.told_error,
     }
     if call.sequences:
         queued = [sequence.queue_s for sequence in call.sequences if sequence.queue_s is not None]
