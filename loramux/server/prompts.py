@@ -283,6 +283,8 @@ def _plain_message(number: int, message: ChatMessage) -> dict[str, Any]:
     plain["content"] = content
     if plain["role"] == "developer":
         plain["role"] = "system"
+    if not plain.get("tool_calls"):
+        plain.pop("tool_calls", None)  # templates ask whether it is there
     for position, call in enumerate(plain.get("tool_calls", ())):
         read_arguments(call, f"messages[{number}].tool_calls[{position}]")
     return plain

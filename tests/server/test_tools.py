@@ -16,7 +16,10 @@ from tests.server.chat_client import answered, chat, chunks, rebuilt, refused, s
 from tests.server.fake_serve import COMMAND
 from tests.server.tiny_text import CHAT_TEMPLATE
 
-TEMPLATE: Final = "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE
+TEMPLATE: Final = (
+    "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
+    "{% for message in messages if message.tool_calls is defined %}CALLS{% endfor %}" + CHAT_TEMPLATE
+)
 CITY: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: Final = {"type": "function", "function": {"name": "get_weather", "parameters": CITY}}
 TIME: Final = {"type": "function", "function": {"name": "get_time"}}
@@ -162,6 +165,15 @@ def test_history_with_calls_and_results_is_accepted(tool_http: httpx.Client) -> 
     choice = chat(tool_http, "", tools=[WEATHER], messages=[*history, *saying("Sunny.")])
 
     assert choice["message"]["content"] == "Sunny."
+
+
+def test_empty_list_of_calls_is_none_for_the_template(tool_http: httpx.Client) -> None:
+    def history(calls: list[Any]) -> list[Any]:
+        return [{"role": "assistant", "content": "x", "tool_calls": calls}, *saying("y")]
+
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": ARGUMENTS}}
+    assert prompt_of(tool_http, messages=history([call])).startswith("CALLS")
+    assert not prompt_of(tool_http, messages=history([])).startswith("CALLS")
 
 
 def test_required_choice_makes_calls_without_the_models_format(tool_http: httpx.Client) -> None:
