@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from loramux.engine.errors import LoramuxError
@@ -55,6 +57,16 @@ from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_use import ToolDesk
 from loramux.server.trailing_slash import TrailingSlashLayer
 from loramux.version import __version__
+
+
+# The framework's own traces and logs would carry bodies, and so prompts; `observe/` has ours.
+_NO_TELEMETRY: Final[TelemetryConfig] = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
 
 
 def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Services:
@@ -180,6 +192,7 @@ def build_app(services: Services) -> FastAPI:
         redirect_slashes=False,
         root_path=server.root_path,
         openapi_url="/openapi.json" if server.docs else None,
+        telemetry=_NO_TELEMETRY,
     )
     app.state.services = services
     for route in app.routes:  # the framework's own: the API's description, for whoever has a key
