@@ -20,7 +20,7 @@ from loramux.resolvers.base import FetchedAdapter, Progress
 from loramux.resolvers.explain import AdapterReport, explain_adapter
 from loramux.resolvers.sources import Sources
 from loramux.server.adapter_config import AdapterSource, source_settings
-from loramux.server.config import environment_arguments
+from loramux.server.config_sources import environment_arguments
 from loramux.server.flag import Flag, parse_count
 from loramux.server.flag_table import SOURCE_FLAGS
 from loramux.server.flags import ServeParser, add_flags

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loramux.version import __version__
+
+if TYPE_CHECKING:
+    from loramux.server.config import Config
 
 _USAGE: Final = """\
 usage: loramux COMMAND ...
@@ -62,6 +65,18 @@ def _serve(words: list[str]) -> int:
     except InvalidConfig as error:
         print(f"loramux serve: error: {error.message}", file=sys.stderr)
         return 2
+    if config.given.get("print_config") or config.given.get("check_config"):
+        return _show(config)
     from loramux.server import lifecycle
 
     return lifecycle.run(config)
+
+
+def _show(config: Config) -> int:
+    """Print the configuration, or only what is to be said about it; nothing is loaded."""
+    from loramux.server.config_print import render_config
+
+    for warning in config.warnings:
+        print(f"loramux: warning: {warning}", file=sys.stderr)
+    print(render_config(config) if config.given.get("print_config") else "the configuration is fine")
+    return 0

@@ -7,18 +7,15 @@ stop the start.
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
-from loramux.server import flags
 from loramux.server.access.access_config import AccessConfig, access_config
 from loramux.server.adapter_config import AdapterConfig, adapter_config
 from loramux.server.admission_config import (
@@ -28,23 +25,13 @@ from loramux.server.admission_config import (
     connection_config,
 )
 from loramux.server.api_config import ApiConfig, api_config
+from loramux.server.config_sources import Gathered, gather
 from loramux.server.engine_care import EngineCare, engine_care
-from loramux.server.flag import Flag
 from loramux.server.limits import Limits
 from loramux.server.observe.observe_config import ObserveConfig, observe_config
 from loramux.server.tool_config import ToolConfig, tool_config
 
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
-
-# LORAMUX_ name -> the vLLM name that users already set
-TWINS: Final = {
-    "LORAMUX_API_KEY": "VLLM_API_KEY",
-    "LORAMUX_ALLOW_RUNTIME_LORA_UPDATING": "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-    "LORAMUX_PLUGINS": "VLLM_PLUGINS",
-    "LORAMUX_LORA_RESOLVER_CACHE_DIR": "VLLM_LORA_RESOLVER_CACHE_DIR",
-    "LORAMUX_LORA_RESOLVER_HF_REPO_LIST": "VLLM_LORA_RESOLVER_HF_REPO_LIST",
-    "LORAMUX_TIMEOUT_KEEP_ALIVE": "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +86,8 @@ class Config:
     care: EngineCare = field(default_factory=EngineCare)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     warnings: tuple[str, ...] = ()  # one line each, for the operator
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # what somebody set
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)  # and where
 
 
 def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Config:
@@ -112,79 +101,12 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
         InvalidConfig: names the flag, variable or key at fault.
     """
     environ = os.environ if environ is None else environ
-    _check_twins(environ)
-    arguments = list(argv)
-    namespace, warnings = flags.parse(arguments)
-    arguments += environment_arguments(environ, namespace, flags.all_flags().values())
-    namespace, warnings = flags.parse(arguments)
-    if namespace.config is not None:
-        arguments += _file_arguments(Path(namespace.config).expanduser(), namespace)
-        namespace, warnings = flags.parse(arguments)
-    values = {name: value for name, value in vars(namespace).items() if value is not None}
-    return _build(values, environ, warnings)
+    gathered = gather(argv, environ)
+    return _build(gathered, environ)
 
 
-def _check_twins(environ: Mapping[str, str]) -> None:
-    for ours, theirs in TWINS.items():
-        if environ.get(ours, environ.get(theirs)) != environ.get(theirs, environ.get(ours)):
-            message = f"{ours} and {theirs} are both set, to different values; unset one of them"
-            raise InvalidConfig(message, param=ours)
-
-
-def environment_arguments(
-    environ: Mapping[str, str], namespace: argparse.Namespace, known: Iterable[Flag]
-) -> list[str]:
-    """Arguments for those of the known flags that only the environment sets."""
-    found: list[str] = []
-    for flag in known:
-        variable = f"LORAMUX_{flag.dest.upper()}"
-        value = environ.get(variable) or environ.get(TWINS.get(variable, ""))
-        if not value or getattr(namespace, flag.dest) is not None:
-            continue
-        if flag.name == "model" and namespace.positional_model is not None:
-            continue
-        found += _argument(flag, value, variable)
-    return found
-
-
-def _file_arguments(path: Path, namespace: argparse.Namespace) -> list[str]:
-    """Arguments for the flags that only the file sets."""
-    try:
-        entries = msgspec.yaml.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"--config {path}: {error}", param="--config") from error
-    if not isinstance(entries, dict):
-        raise InvalidConfig(f"--config {path} must hold a mapping of flags to values", param="--config")
-    known = flags.all_flags()
-    found: list[str] = []
-    for key, value in entries.items():
-        dest = str(key).replace("-", "_")
-        has_model = dest == "model" and namespace.positional_model is not None
-        if has_model or getattr(namespace, dest, None) is not None or value is None:
-            continue
-        flag = known.get(dest) or Flag(str(key), "", is_switch=isinstance(value, bool))
-        found += _argument(flag, value, f"--config {path}: {key}")
-    return found
-
-
-def _argument(flag: Flag, value: object, where: str) -> list[str]:
-    """The words that set one flag on a command line."""
-    if flag.is_switch:
-        text = str(value).strip().lower()
-        if text not in ("1", "true", "0", "false"):
-            raise InvalidConfig(f"{where} must be true or false, got {value!r}", param=where)
-        return [f"--{flag.name}" if text in ("1", "true") else f"--no-{flag.name}"]
-    if flag.is_list:
-        values = value if isinstance(value, list) else [value]
-        return [f"--{flag.name}={_text(entry)}" for entry in values]  # which may begin with a dash
-    return [f"--{flag.name}={_text(value)}"]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
-def _build(values: dict[str, Any], environ: Mapping[str, str], warnings: list[str]) -> Config:
+def _build(gathered: Gathered, environ: Mapping[str, str]) -> Config:
+    values = gathered.values
     model = values.get("model", values.get("positional_model"))
     if model is None:
         raise InvalidConfig("no model given: loramux serve MODEL, or --model MODEL", param="--model")
@@ -205,7 +127,9 @@ def _build(values: dict[str, Any], environ: Mapping[str, str], warnings: list[st
         access=access,
         care=engine_care(values),
         observe=observe_config(values),
-        warnings=tuple(warnings),
+        warnings=tuple(gathered.warnings),
+        given=gathered.values,
+        origins=gathered.origins,
     )
 
 

@@ -141,7 +141,6 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("timeout-keep-alive", "seconds an idle connection stays open", int),
         Flag("sse-keep-alive-interval", "seconds of silence before a comment is sent; 0 = never", float),
         Flag("shutdown-timeout", "seconds that running requests get at the end; 0 = abort them", float),
-        Flag("config", "YAML file with these flags as keys"),
     ),
     "metrics, logs and traces": (
         Flag("uvicorn-log-level", "critical, error, warning, info, debug or trace"),
@@ -187,6 +186,11 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("request-read-timeout", "seconds for a body to arrive; each 16 KiB of it add one", float),
         Flag("stream-write-timeout", "seconds that an answer may wait for its client to read", float),
     ),
+    "configuration": (
+        Flag("config", "YAML file with these flags as keys"),
+        switch("print-config", "print every value and who set it, as YAML, and end"),
+        switch("check-config", "end after the configuration was checked"),
+    ),
     "limits of one request": (
         Flag("max-request-bytes", "bytes of a body", parse_count),
         Flag("max-messages", "messages of a chat", parse_count),
@@ -214,6 +218,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("max-prompt-tokens", "tokens of all prompts of a call", parse_count),
         Flag("max-json-depth", "levels of lists and objects in a body", parse_count),
         Flag("max-json-values", "values in a body; a string counts 4, a list or object 16", parse_count),
+        Flag("max-prompt-logprob-values", "log-probabilities of prompt tokens in one answer", parse_count),
         Flag("max-logprob-token-ids", "entries of logprob_token_ids", parse_count),
         Flag("max-chat-template-bytes", "bytes of a request's own chat template", parse_count),
     ),
