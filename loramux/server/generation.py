@@ -21,6 +21,7 @@ from loramux.server.access.caller import caller_of
 from loramux.server.adapters import AdapterRef
 from loramux.server.admission import Admission, Ticket
 from loramux.server.choice import ChoiceStream, Delta
+from loramux.server.delta_stream import sharing_prompts
 from loramux.server.edge import at_end
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.limits import Limits, check_count
@@ -120,12 +121,11 @@ class Generator:
         for number, prompt in enumerate(prompts):
             sampling = self._token_sampling(prompt, params)
             for choice in range(params.n):
-                seed = seed_of_choice(sampling.seed, choice)
                 requests.append(
                     Request(
                         request_id=f"{stem}-{number * params.n + choice}",
                         prompt_token_ids=prompt.token_ids,
-                        sampling=msgspec.structs.replace(sampling, seed=seed) if choice else sampling,
+                        sampling=_of_choice(sampling, choice),
                         adapter=adapter.digest if adapter else None,
                         cache_salt=cache_salt,
                         priority=priority,
@@ -158,13 +158,17 @@ class Generator:
         sequences = len(prompts) * params.n
         check_count("prompt", tokens, self._limits.prompt_tokens, "--max-prompt-tokens", " tokens")
         check_count("n", sequences, self._limits.sequences, "--max-sequences", " sequences (prompts x n)")
+        if params.prompt_logprobs is not None:
+            values = tokens * params.n * (params.prompt_logprobs + 1)
+            flag, limit = "--max-prompt-logprob-values", self._limits.prompt_logprob_values
+            check_count("prompt_logprobs", values, limit, flag, " values in an answer")
         ticket = self.admission.admit(
             caller_of(scope), adapter.name if adapter else None, sequences=sequences, tokens=tokens * params.n
         )
         at_end(scope, ticket.release)
         return ticket
 
-    async def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
+    def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, interleaved as the engine makes them.
 
         Closing the generator aborts what still runs.
@@ -173,6 +177,12 @@ class Generator:
             Overloaded: no first token came within `--max-queue-wait`.
             LoramuxError: the engine refused a sequence, or is gone.
         """
+        deltas = self._run(call)
+        if call.params.prompt_logprobs is not None and call.params.n > 1:
+            return sharing_prompts(deltas, call.params.n)
+        return deltas
+
+    async def _run(self, call: Call) -> AsyncGenerator[Delta, None]:
         choices = {
             request.request_id: ChoiceStream(index, request.prompt_token_ids, call.params, self._tokenizer)
             for index, request in enumerate(call.requests)
@@ -229,3 +239,11 @@ class Generator:
         async for delta in self.stream(call):
             choices[delta.index].join(delta)
         return choices
+
+
+def _of_choice(sampling: TokenSampling, choice: int) -> TokenSampling:
+    """How a choice is sampled: by a seed of its own, and the first looks at the prompt for all of them."""
+    if choice == 0:
+        return sampling
+    seed = seed_of_choice(sampling.seed, choice)
+    return msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)

@@ -29,6 +29,7 @@ class Limits:
     bad_words: int = 128  # --max-bad-words
     logprobs: int = 20  # --max-logprobs: alternatives a token
     logprob_token_ids: int = 128  # --max-logprob-token-ids
+    prompt_logprob_values: int = 1 << 20  # --max-prompt-logprob-values: of all choices of a call
     chat_template_bytes: int = 64 << 10  # --max-chat-template-bytes: of a request's own template
     schema_bytes: int = 64 << 10  # --max-schema-bytes: a JSON schema, a grammar, all choices
     schema_depth: int = 64  # --max-schema-depth: lists and objects inside each other in a schema
@@ -60,13 +61,13 @@ def check_field_sizes(body: Mapping[str, Any], limits: Limits) -> None:
     counted = (
         ("messages", limits.messages, "--max-messages"),
         ("input", limits.messages, "--max-messages"),
-        ("logprob_token_ids", limits.logprob_token_ids, "--max-logprob-token-ids"),
         ("tools", limits.tools, "--max-tools"),
         ("stop", limits.stop, "--max-stop"),
         ("stop_token_ids", limits.stop_token_ids, "--max-stop-token-ids"),
         ("logit_bias", limits.logit_bias, "--max-logit-bias"),
         ("allowed_token_ids", limits.logit_bias, "--max-logit-bias"),
         ("bad_words", limits.bad_words, "--max-bad-words"),
+        ("logprob_token_ids", limits.logprob_token_ids, "--max-logprob-token-ids"),
     )
     for name, limit, flag in counted:
         value = body.get(name)

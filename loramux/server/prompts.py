@@ -7,10 +7,10 @@ from the template alone (`plain_text.py`), unless the operator decided otherwise
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from loramux.engine.errors import ContextTooLong, InvalidRequest
 from loramux.server.api_config import ApiConfig
@@ -24,6 +24,7 @@ from loramux.server.template_process import TemplateProcesses
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_history import read_arguments
 
+T = TypeVar("T")
 Side = Literal["left", "right"]  # the one that truncation takes from
 
 _THREAD_ABOVE_CHARS: Final = 16384  # about 5 ms of tokenizing; longer texts leave the event loop
@@ -144,17 +145,28 @@ class PromptBuilder:
         self._check_chat(messages, options, template)
         if truncate is None:
             self._check_length(sum(_content_chars(message) for message in messages))
+        plain = [_plain_message(number, message) for number, message in enumerate(messages)]
+        shown: dict[str, Any] = {"tools": list(tools), "documents": list(documents)}
+        shown["options"] = dict(options or {})
+        is_long = bool(documents) or sum(map(_num_chars, plain)) > _THREAD_ABOVE_CHARS
+        run = asyncio.to_thread if is_long else _at_once
         hidden = self._guard.open() if self._guard is not None else None
-        hide = hidden.hide if hidden is not None else _as_it_is
-        plain = [hide(_plain_message(number, message)) for number, message in enumerate(messages)]
-        values = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "tools": hide(list(tools)),
-            "documents": hide(list(documents)),
-            "options": {**self._api.template_kwargs, **hide(dict(options or {}))},
-        }
-        text = await self._render(plain, values, template)
+        if hidden is not None:
+            plain, shown = await run(hidden.hide, (plain, shown))
+        shown["options"] = {**self._api.template_kwargs, **shown["options"]}
+        shown["add_generation_prompt"] = add_generation_prompt
+        shown["continue_final_message"] = continue_final_message
+        if template is not None:
+            text = await self._processes.render(
+                template,
+                self._tokenizer.special_tokens,
+                plain,
+                content_format=self._api.content_format,
+                values=shown,
+            )
+        else:
+            assert self._template is not None
+            text = await run(partial(self._template.render, plain, **shown))
         ids = await self._encode_rendered(
             text, hidden, add_special_tokens=add_special_tokens, bounded=truncate is None
         )
@@ -192,23 +204,6 @@ class PromptBuilder:
                 "(the server's --max-messages)"
             )
             raise InvalidRequest(message, param="messages")
-
-    async def _render(
-        self, messages: list[dict[str, Any]], values: Mapping[str, Any], template: str | None
-    ) -> str:
-        """The text that the template makes: the model's here or in a thread, a request's in a process."""
-        if template is not None:
-            return await self._processes.render(
-                template,
-                self._tokenizer.special_tokens,
-                messages,
-                content_format=self._api.content_format,
-                values=values,
-            )
-        assert self._template is not None
-        is_long = sum(map(_num_chars, messages)) > _THREAD_ABOVE_CHARS
-        render = partial(self._template.render, messages, **values)
-        return await asyncio.to_thread(render) if is_long else render()
 
     async def _encode_rendered(
         self, text: str, hidden: Hidden | None, *, add_special_tokens: bool, bounded: bool
@@ -254,8 +249,9 @@ class PromptBuilder:
         return ids[-keep:] if side == "left" else ids[:keep]
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+async def _at_once(work: Callable[..., T], *arguments: Any) -> T:
+    """Work on the event loop, in the words of `asyncio.to_thread`."""
+    return work(*arguments)
 
 
 def _split(

@@ -89,6 +89,20 @@ def test_echo_and_prompt_logprobs_each_show_as_many_alternatives_as_they_asked_f
     assert choice["prompt_logprobs"][1]["100"]["logprob"] == -9999.0
 
 
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_every_choice_shows_the_prompt_that_the_first_one_looked_at(
+    http: httpx.Client, as_stream: bool
+) -> None:
+    body = {"prompt": ["ab", "xyz"], "n": 3, "echo": True, "logprobs": 1, "max_tokens": 2}
+
+    choices = _stream_choices(http, **body) if as_stream else complete(http, **body)["choices"]
+
+    assert len(choices) == 6
+    for choice in choices:
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        assert len(choice["logprobs"]["tokens"]) == len("ab" if choice["index"] < 3 else "xyz") + 2
+
+
 def test_named_tokens_are_among_the_alternatives(http: httpx.Client) -> None:
     logprobs = complete(http, prompt="a", logprobs=1, logprob_token_ids=[65, 97], max_tokens=1)
 
@@ -190,6 +204,11 @@ def test_fields_that_change_nothing_here_are_accepted(http: httpx.Client, body: 
         ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs", ["not supported"]),
         ({"logprobs": 21}, "logprobs", ["20", "21", "--max-logprobs"]),
         ({"prompt_logprobs": -1}, "prompt_logprobs", ["at least 0", "-1"]),
+        (
+            {"prompt": "x" * 500, "n": 128, "echo": True, "logprobs": 20},
+            "prompt_logprobs",
+            ["1048576", str(500 * 128 * 21), "--max-prompt-logprob-values"],
+        ),
         ({"prompt_logprobs": 10**9}, "prompt_logprobs", ["20"]),
         ({"logprob_token_ids": [1]}, "logprob_token_ids", ["logprobs"]),
         ({"logprobs": 1, "logprob_token_ids": [10**6]}, "logprob_token_ids", ["vocabulary"]),
