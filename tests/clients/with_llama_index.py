@@ -41,13 +41,19 @@ def echo(world: World) -> Any:
     return real(world, "echo", api_base=world.echo_url, max_tokens=400)
 
 
-def get_weather(city: Literal["Paris", "London"]) -> str:
+class Weather(BaseModel):
+    """The weather in a city."""
+
+    city: Literal["Paris", "London"]
+
+
+def get_weather(city: str) -> str:
     """The weather in a city."""
     return f"22 C in {city}"
 
 
 def weather_tool() -> Any:
-    return FunctionTool.from_defaults(fn=get_weather)
+    return FunctionTool.from_defaults(fn=get_weather, fn_schema=Weather)
 
 
 def question(content: str = QUESTION) -> list[Any]:
@@ -92,7 +98,8 @@ def tool_call(world: World) -> None:
 def streamed_tool_call(world: World) -> None:
     llm = echo(world)
     text = features.tool_call_text("Paris") + features.tool_call_text("London")
-    parts = list(llm.stream_chat_with_tools([weather_tool()], user_msg=text))
+    tools = [weather_tool()]
+    parts = list(llm.stream_chat_with_tools(tools, user_msg=text, allow_parallel_tool_calls=True))
     calls = llm.get_tool_calls_from_response(parts[-1])
     check([call.tool_kwargs for call in calls] == [{"city": "Paris"}, {"city": "London"}], calls)
 
