@@ -1,0 +1,122 @@
+"""`--print-config` shows every value and who set it, and what it prints is a `--config` file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loramux.engine.errors import InvalidConfig
+from loramux.server import flags
+from loramux.server.config import Config, read_config
+from loramux.server.config_print import default_of, render_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(*argv: str, **environ: str) -> Config:
+    """A configuration whose environment is only what is given."""
+    return read_config(argv, environ)
+
+
+def line_of(config: Config, flag: str) -> str:
+    """The line that speaks of one flag."""
+    lines = [line for line in render_config(config).splitlines() if line.startswith(f"{flag}:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("dest", sorted(flags.all_flags()))
+def test_every_flag_has_a_default_that_can_be_shown(dest: str) -> None:
+    if dest not in ("config", "print_config", "check_config"):
+        default_of(read("m"), flags.all_flags()[dest])
+
+
+def test_each_value_says_who_set_it(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("# mine\nmax-num-seqs: 3\n\nport: 5\n")
+
+    config = read("m", "--host=::1", f"--config={file}", LORAMUX_SEED="7", VLLM_HTTP_TIMEOUT_KEEP_ALIVE="9")
+
+    assert line_of(config, "host") == 'host: "::1"  # flag'
+    assert line_of(config, "seed") == "seed: 7  # env LORAMUX_SEED"
+    assert (
+        line_of(config, "timeout-keep-alive") == "timeout-keep-alive: 9  # env VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+    )
+    assert line_of(config, "max-num-seqs") == f"max-num-seqs: 3  # {file}:2"
+    assert line_of(config, "port") == f"port: 5  # {file}:4"
+    assert line_of(config, "dtype") == 'dtype: "auto"  # default'
+    assert line_of(config, "uds-permissions") == 'uds-permissions: "660"  # default'
+
+
+def test_secrets_are_not_printed() -> None:
+    text = render_config(read("m", "--api-key", "sesame", LORAMUX_HF_TOKEN="sesame"))
+
+    assert "sesame" not in text
+    assert "# api-key: <redacted>  # flag" in text
+    assert "# hf-token: <redacted>  # env LORAMUX_HF_TOKEN" in text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("m",),
+        ("--model=m", "--enable-lora", "--lora-modules", "a=/x", '{"name": "b", "path": "/y"}', "--max-n=3"),
+        ("m", "--allowed-origins", '["https://a", "https://b"]', "--no-enable-prefix-caching", "--seed=4"),
+        ("m", "--override-generation-config", '{"temperature": 0.5}', "--uds=/s", "--uds-permissions=600"),
+        ("m", "--max-model-len=2k", "--served-model-name", "x", "y z", "--engine-watchdog-timeout=1e-3"),
+    ],
+)
+def test_what_is_printed_is_a_file_with_the_same_meaning(argv: tuple[str, ...], tmp_path: Path) -> None:
+    config = read(*argv)
+    file = tmp_path / "printed.yaml"
+    file.write_text(render_config(config))
+
+    again = read(f"--config={file}")
+
+    assert again == config
+    assert msgspec.yaml.decode(file.read_bytes())["model"] == "m"
+
+
+def test_a_mistake_in_the_file_is_told_with_its_line_and_the_nearest_name(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("port: 1\nmax-lora-rnak: 5\n")
+
+    with pytest.raises(InvalidConfig) as caught:
+        read("m", f"--config={file}")
+
+    assert caught.value.message == (
+        f"--config {file}:2: max-lora-rnak: unknown flag --max-lora-rnak; did you mean --max-lora-rank?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [("--print-config", "port: 3  # flag"), ("--check-config", "is fine")]
+)
+def test_the_command_prints_and_ends_without_loading_anything(flag: str, words: str) -> None:
+    command = [sys.executable, "-m", "loramux", "serve", "/no/such/model", "--port=3", flag]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout
+
+
+def test_a_wrong_configuration_is_told_by_check_config() -> None:
+    command = [sys.executable, "-m", "loramux", "serve", "m", "--port=99999", "--check-config"]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "--port must be from 0 to 65535" in done.stderr
+
+
+def test_every_flag_stands_on_the_configuration_page() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+
+    missing = [flag.name for flag in flags.all_flags().values() if f"`--{flag.name}`" not in page]
+
+    assert missing == []
