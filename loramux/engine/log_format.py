@@ -10,11 +10,14 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
+from types import TracebackType
 from typing import Any, Final
 
 FORMATS: Final = ("text", "json")
 
+_logger: Final = logging.getLogger("loramux")
 _console: Final = logging.getLogger("loramux.console")
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _PLAIN: Final = re.compile(r"[\w.:/@+%~,-]+", re.ASCII)
@@ -32,6 +35,9 @@ def set_up(level: int, log_format: str, *, process: str = "") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process) if log_format == "json" else TextFormatter(process))
     logging.basicConfig(level=level, handlers=[handler])
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
     _console.setLevel(logging.INFO)
     _console.propagate = log_format == "json"
     if log_format == "text" and not _console.handlers:
@@ -98,6 +104,19 @@ class JsonFormatter(logging.Formatter):
         if trace := _traceback(self, record):
             entry["exception"] = trace
         return json.dumps(entry, default=str)  # plain ASCII
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What ends the process is a log line as well."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    _logger.critical("uncaught exception", exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None and not issubclass(args.exc_type, SystemExit):
+        _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def server(text_model: Path, adapter_folder: Path) -> Iterator[RunningServer]:
     with running_server(
         *(str(text_model), "--served-model-name", "tiny", "--enable-lora", "--log-format=json"),
         *("--lora-modules", f"shout={adapter_folder}", "--api-key=k1"),
-        "--disable-access-log-for-endpoints=/health,/version",
+        "--disable-access-log-for-endpoints=/v1/loras,/v1/lora_adapters",
         command=COMMAND,
     ) as running:
         yield running
@@ -125,8 +126,8 @@ def test_every_line_is_one_json_object_without_the_prompt(server: RunningServer,
     assert SECRET not in server.stderr.lower()
 
 
-def test_quiet_endpoints_get_no_line(server: RunningServer, http: httpx.Client) -> None:
-    quiet = [http.get("/health"), http.get("/version")]
+def test_quiet_endpoints_probes_and_scrapes_get_no_line(server: RunningServer, http: httpx.Client) -> None:
+    quiet = [http.get(path) for path in ("/v1/lora_adapters", "/v1/loras", "/health", "/metrics")]
     entry_of(server, http.get("/v1/models"))
 
     assert not [one for one in quiet if one.headers["x-request-id"] in server.stderr]
@@ -168,6 +169,23 @@ def test_text_lines_escape_what_could_forge_one() -> None:
 
     assert line.endswith(r'INFO a.b: gone\x0aINFO fake: \x1b[31m\x9b adapter="a b\\x0d\\x0a\\u202e" n=2')
     assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "program", ["raise ValueError('x')", "import threading; threading.Thread(target=lambda: 1 / 0).start()"]
+)
+def test_what_ends_a_process_or_a_thread_is_one_json_line(program: str) -> None:
+    set_up = "import logging; from loramux.engine import log_format; log_format.set_up(logging.INFO, 'json')"
+    warn = "import warnings; warnings.warn('careful', stacklevel=1)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"{set_up}; {warn}; {program}"], capture_output=True, text=True, check=False
+    )
+
+    warning, failure = (json.loads(line) for line in done.stderr.splitlines())
+    assert "careful" in warning["message"]
+    assert failure["level"] == "critical"
+    assert "Error" in failure["exception"]
 
 
 def test_lines_of_a_traceback_cannot_pass_for_lines_of_their_own() -> None:

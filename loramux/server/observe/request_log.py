@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any, Final
 
 from loramux.server.observe.call_record import CallRecord
+from loramux.server.observe.http_metrics import UNCOUNTED
 
 logger = logging.getLogger("loramux.request")
 
@@ -33,7 +34,7 @@ class RequestLog:
 
     def finished(self, call: CallRecord) -> None:
         """Write the line."""
-        level = logging.ERROR if (call.status or 0) >= 500 else logging.INFO
+        level = _level(call)
         if not logger.isEnabledFor(level) or call.path in self._quiet_paths:
             return
         if not call.is_inference and not self._access_lines:
@@ -47,6 +48,15 @@ class RequestLog:
             texts = ("".join(sequence.text or ()) for sequence in call.sequences)
             fields["outputs"] = [text[: self._max_chars] for text in texts]
         logger.log(level, "%s %s %s", call.method, shown, status, extra=fields)
+
+
+def _level(call: CallRecord) -> int:
+    """Probes and scrapes come all day; a 503 is the server's way to say no, other 5xx are faults."""
+    if call.route is not None and (call.route in UNCOUNTED or call.route.startswith("/metrics")):
+        return logging.DEBUG
+    if call.status == 503:
+        return logging.WARNING
+    return logging.ERROR if (call.status or 0) >= 500 else logging.INFO
 
 
 def _fields(call: CallRecord) -> dict[str, Any]:
