@@ -35,7 +35,7 @@ class RequestLog:
     def finished(self, call: CallRecord) -> None:
         """Write the line."""
         level = _level(call)
-        if not logger.isEnabledFor(level) or call.path in self._quiet_paths:
+        if not logger.isEnabledFor(level) or self._quiet_paths & {call.path, call.route}:
             return
         if not call.is_inference and not self._access_lines:
             return
