@@ -106,8 +106,6 @@ class CallObject:
                 return self._fail(position)
             self._has_arguments = True
             self._step = self._in_arguments if char == "{" else self._in_packed_arguments
-            if char == "{" and self._name is not None:
-                self._begin()
         return position
 
     def _in_other(self, text: str, position: int) -> int:
@@ -131,6 +129,8 @@ class CallObject:
     def _in_arguments(self, text: str, position: int) -> int:
         position = self._value.feed(text, position)
         self._add(self._value.take())
+        if self._name is not None and not self._has_begun and self._value.is_under_way:
+            self._begin()
         if self._value.status is Status.DONE:
             self._step = self._after
         return self._checked(position)

@@ -53,12 +53,10 @@ class NamedCallParser:
 
     def feed(self, text: str) -> list[Event]:
         """What the next piece of the answer settles."""
-        events: list[Event] = [CallArguments(text)] if text else []
-        if not self._has_begun:
-            events.insert(0, CallStart(self._name))
-            self._has_begun = True
-        return events
+        start = [] if self._has_begun else [CallStart(self._name)]
+        self._has_begun = True
+        return [*start, CallArguments(text)]
 
     def finish(self) -> list[Event]:
-        """What is left when the answer has ended."""
-        return self.feed("")
+        """What is left when the answer has ended: nothing; an empty answer is no call."""
+        return []

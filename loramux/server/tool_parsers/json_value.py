@@ -48,6 +48,7 @@ class JsonValue:
 
     def __init__(self) -> None:
         self.status = Status.RUNNING
+        self.is_under_way = False  # an object has a key, or has ended: this is most likely JSON
         self._step: Callable[[str, int], int] = self._value
         self._closers: list[str] = []  # of the arrays and objects around the place
         self._is_key = False  # the string belongs before a colon
@@ -109,6 +110,7 @@ class JsonValue:
         return position + 1
 
     def _close(self, position: int) -> int:
+        self.is_under_way = True
         self._closers.pop()
         return self._end(position + 1)
 
@@ -116,13 +118,17 @@ class JsonValue:
         return self._value(text, position, closer="]")
 
     def _first_key(self, text: str, position: int) -> int:
-        return self._close(position) if text[position] == "}" else self._key(text, position)
+        char = text[position]
+        if char in WHITESPACE:
+            return _skip(text, position)
+        return self._close(position) if char == "}" else self._key(text, position)
 
     def _key(self, text: str, position: int) -> int:
         if text[position] in WHITESPACE:
             return _skip(text, position)
         if text[position] != '"':
             return self._fail(position)
+        self.is_under_way = True
         self._is_key, self._step = True, self._string
         return position + 1
 

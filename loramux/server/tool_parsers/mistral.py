@@ -32,6 +32,7 @@ class MistralParser:
         self._raw: list[str] = []  # read since the mark, while it is not certain that this is a call
         self._name = ""
         self._tag = ""
+        self._has_begun = False
         self._step: Callable[[str, int, list[Event]], int] = self._in_text
 
     def feed(self, text: str) -> list[Event]:
@@ -94,7 +95,9 @@ class MistralParser:
         """Tags, up to the object that holds the arguments."""
         char = text[position]
         if char == "{":
-            return self._begin(position, events)
+            self._arguments, self._step = JsonValue(), self._in_arguments
+            self._has_begun = False
+            return position
         if char == "[":
             self._tag, self._step = "", self._in_tag
             return position
@@ -120,16 +123,18 @@ class MistralParser:
         self._step = self._after_name
         return position
 
-    def _begin(self, position: int, events: list[Event]) -> int:
-        self._raw.clear()
-        events.append(CallStart(self._name))
-        self._arguments, self._step = JsonValue(), self._in_arguments
-        return position
-
     def _in_arguments(self, text: str, position: int, events: list[Event]) -> int:
-        position = self._arguments.feed(text, position)
-        if piece := self._arguments.take():
-            events.append(CallArguments(piece))
+        start = position
+        position = self._arguments.feed(text, start)
+        if not self._has_begun and not self._arguments.is_under_way:  # it may still be no call
+            self._raw.append(text[start:position])
+        else:
+            if not self._has_begun:
+                self._raw.clear()
+                events.append(CallStart(self._name))
+                self._has_begun = True
+            if piece := self._arguments.take():
+                events.append(CallArguments(piece))
         if self._arguments.status is not Status.RUNNING:
             return self._back_to_text(position, events)
         return position

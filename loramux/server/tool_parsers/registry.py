@@ -26,7 +26,7 @@ _PYTHONIC: Final = ToolFormat("pythonic", pythonic.PythonicParser, pythonic.MARK
 
 TOOL_FORMATS: Final = {
     "hermes": _HERMES,
-    "qwen": _HERMES,
+    "qwen3_json": _HERMES,
     "llama3_json": _LLAMA3,
     "llama4_json": _LLAMA3,
     "mistral": _MISTRAL,
