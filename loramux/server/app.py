@@ -39,6 +39,7 @@ from loramux.server.observe.request_log import RequestLog
 from loramux.server.observe.span_sink import open_span_sink
 from loramux.server.openapi import install_openapi
 from loramux.server.prompts import PromptBuilder
+from loramux.server.root_path import RootPathLayer
 from loramux.server.routes import (
     adapters,
     chat,
@@ -57,7 +58,6 @@ from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_use import ToolDesk
 from loramux.server.trailing_slash import TrailingSlashLayer
 from loramux.version import __version__
-
 
 # The framework's own traces and logs would carry bodies, and so prompts; `observe/` has ours.
 _NO_TELEMETRY: Final[TelemetryConfig] = {
@@ -190,7 +190,6 @@ def build_app(services: Services) -> FastAPI:
         title="loramux",
         version=__version__,
         redirect_slashes=False,
-        root_path=server.root_path,
         openapi_url="/openapi.json" if server.docs else None,
         telemetry=_NO_TELEMETRY,
     )
@@ -233,3 +232,5 @@ def _add_layers(app: FastAPI, server: ServerConfig, services: Services) -> None:
             allow_credentials=server.allow_credentials,
             expose_headers=EXPOSED_HEADERS,
         )
+    if server.root_path.strip("/"):
+        app.add_middleware(RootPathLayer, root_path=server.root_path)

@@ -24,7 +24,7 @@ def guarded(text_model: Path) -> Iterator[RunningServer]:
     """One key, one page that may ask, one name, and a path prefix."""
     with running_server(
         *(str(text_model), "--served-model-name=tiny", "--api-key=right", "--host=127.0.0.1"),
-        *(f'--allowed-origins=["{PAGE}"]', "--root-path=/llm"),
+        *(f'--allowed-origins=["{PAGE}"]', "--root-path=/llm/"),
         *("--allowed-hosts", "127.0.0.1", "llm.example", "*.inside.example"),
         command=COMMAND,
     ) as server:
@@ -119,6 +119,13 @@ def test_no_way_to_write_a_path_or_a_host_gets_past_the_key(guarded: RunningServ
 
         assert status in (400, 401), (headers, status, body)
         assert error_in(body)["code"] in ("invalid_api_key", "malformed_http", "host_not_allowed")
+
+
+def test_routes_answer_with_and_without_the_prefix(http: httpx.Client) -> None:
+    assert http.get("/v1/models", headers=KEY).json() == http.get("/llm/v1/models", headers=KEY).json()
+    assert http.get("/llm/openapi.json", headers=KEY).json()["servers"] == [{"url": "/llm"}]
+    assert http.get("/llm/llm/v1/models", headers=KEY).status_code == 404
+    assert http.get("/llmv1/models", headers=KEY).status_code == 404
 
 
 def test_public_routes_answer_under_both_paths_only(guarded: RunningServer) -> None:

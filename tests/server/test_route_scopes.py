@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.routing import Mount, Route
+from starlette.types import Message, Scope
 
 from loramux.engine.config import EngineConfig
 from loramux.server.access.caller import SCOPES
@@ -199,3 +201,59 @@ def test_metrics_are_public_unless_the_operator_says_otherwise() -> None:
 
     assert RouteTable([route]).rules[0].is_public
     assert RouteTable([route], guard_metrics=True).rules[0].scopes == {"admin"}
+
+
+PIECES = (
+    *("/", "//", "/.", "/..", "v1", "models", "completions", "lora_adapters", "health", "metrics", "live"),
+    *("/v1/models", "/v1/completions", "/health", "/metrics", "/load", "/openapi.json", "/llm", "llm", "x"),
+    *("%2e", "%2f", "\n", "\x00", "\\", ";", "?", "#", " ", "\u2215", "é", "HEALTH", "", "*", "http://x"),
+)
+
+
+def test_no_path_of_thousands_answers_without_a_key(text_model: Path, tmp_path: Path) -> None:
+    """Paths as they come out of a parser, decoded; what routing would make of them is not asked."""
+    pick = random.Random(20)
+    flags = ("--enable-lora", "--api-key=k", "--root-path=/llm", f"--adapter-store-dir={tmp_path}")
+
+    async def ask() -> dict[str, set[int]]:
+        answers: dict[str, set[int]] = {}
+        async with app_of(text_model, *flags) as app:
+            for _ in range(4000):
+                path = "".join(pick.choices(PIECES, k=pick.randint(1, 5)))
+                method = pick.choice(("GET", "POST", "HEAD", "OPTIONS", "DELETE", "X"))
+                answers.setdefault(path, set()).add(await status_of(app, method, path))
+        return answers
+
+    answers = anyio.run(ask)
+
+    opened = {path for path, statuses in answers.items() if statuses != {401}}
+    assert len(answers) > 2000
+    assert "/health" in opened
+    for path in opened:
+        public = path.removeprefix("/llm").rstrip("/\n")
+        assert public in PUBLIC or public.startswith("/metrics/"), (path, answers[path])
+
+
+async def status_of(app: FastAPI, method: str, path: str) -> int:
+    """What the app answers to a path that no client or parser has cleaned."""
+    sent: list[Message] = []
+    scope: Scope = {
+        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"},
+        **{"method": method, "path": path, "raw_path": b"", "query_string": b"", "root_path": ""},
+        **{
+            "headers": [(b"host", b"x/health?")],
+            "client": ("192.0.2.1", 1),
+            "server": ("x", 80),
+            "state": {},
+        },
+    }
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    status: int = sent[0]["status"]
+    return status
