@@ -37,13 +37,16 @@ def build_parser() -> ServeParser:
     parser.add_argument("positional_model", metavar="MODEL", nargs="?", help="a model folder, or a Hub id")
     for title, flags in FLAGS.items():
         add_flags(parser, title, flags)
+    short: dict[str, list[str]] = {}
+    for alias, name in INERT_ALIASES.items():
+        short.setdefault(name, []).append(alias)
     for name in sorted(INERT_SWITCHES):
+        names = [f"--{name}", *short.get(name, ())]
         parser.add_argument(
-            f"--{name}", action=argparse.BooleanOptionalAction, dest=f"inert {name}", help=argparse.SUPPRESS
+            *names, action=argparse.BooleanOptionalAction, dest=f"inert {name}", help=argparse.SUPPRESS
         )
-    short = {name: alias for alias, name in INERT_ALIASES.items()}
     for name in sorted(INERT_OPTIONS):
-        names = [f"--{name}", *([short[name]] if name in short else [])]
+        names = [f"--{name}", *short.get(name, ())]
         parser.add_argument(*names, nargs="+", action="extend", dest=f"inert {name}", help=argparse.SUPPRESS)
     return parser
 

@@ -11,6 +11,8 @@ import pytest
 from loramux.engine.errors import InvalidConfig
 from loramux.server.adapter_config import AdapterSource
 from loramux.server.config import Config, read_config
+from loramux.server.flags import all_flags
+from loramux.server.vllm_flags import ALWAYS_ON, INERT_ALIASES, INERT_OPTIONS, INERT_SWITCHES
 from loramux.version import __version__
 
 
@@ -335,3 +337,27 @@ def test_paths_of_the_command_line_may_be_relative(tmp_path: Path, monkeypatch: 
     assert uri("nothing") == str(tmp_path / "nothing")
     assert uri("org/name@main") == "org/name@main"
     assert uri("s3://bucket/a") == "s3://bucket/a"
+
+
+def test_no_flag_both_works_and_has_no_effect() -> None:
+    ours = {name for flag in all_flags().values() for name in (flag.name, *flag.aliases)}
+
+    assert ours & (INERT_SWITCHES | INERT_OPTIONS) == set()
+    assert set() == INERT_SWITCHES & INERT_OPTIONS
+    assert set(INERT_ALIASES.values()) <= INERT_SWITCHES | INERT_OPTIONS
+
+
+def test_every_flag_of_vllm_without_effect_is_accepted_with_one_warning() -> None:
+    switches = [f"--{name}" for name in sorted(INERT_SWITCHES - ALWAYS_ON)]
+    options = [word for name in sorted(INERT_OPTIONS) for word in (f"--{name}", "x")]
+
+    warnings = read("m", *switches, *options).warnings
+
+    assert len(warnings) == len(set(warnings)) == len(switches) + len(options) // 2
+
+
+def test_short_flags_of_vllm_are_accepted() -> None:
+    for alias, name in INERT_ALIASES.items():
+        words = [alias] if name in INERT_SWITCHES else [alias, "7"]
+
+        assert read("m", *words).warnings == (f"--{name} has no effect in loramux",)
