@@ -26,6 +26,7 @@ from loramux.server.chat_template import ChatTemplate, find_chat_template, read_
 from loramux.server.choice import ChoiceStream, Delta
 from loramux.server.generation_config import read_generation_config
 from loramux.server.model_folder import find_model_folder
+from loramux.server.plain_text import ControlTokenGuard
 from loramux.server.sampling_params import (
     SamplingParams,
     check_token_ids,
@@ -85,6 +86,7 @@ class LLM:
         self._defaults = written.defaults
         source = read_chat_template(chat_template) if chat_template else find_chat_template(tokenizer_folder)
         self._template = ChatTemplate(source, self._tokenizer.special_tokens) if source else None
+        self._guard = ControlTokenGuard(self._tokenizer)
         self._engine = Engine(_engine_config(str(folder), engine_options))
         self._adapters: dict[Path, str] = {}  # folder -> digest
         self._num_requests = 0
@@ -181,6 +183,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the chat template; otherwise like `generate`.
 
+        Control tokens that are written in a message are plain text.
+
         Raises:
             InvalidRequest: as `generate`; also when the model has no chat template.
         """
@@ -188,19 +192,17 @@ class LLM:
             raise InvalidRequest("this model has no chat template; pass chat_template=", param="messages")
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", messages if several else [messages])
-        texts = [
-            self._template.render(
-                conversation,
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            hidden = self._guard.open()
+            text = self._template.render(
+                hidden.hide(conversation),
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 options=chat_template_kwargs,
             )
-            for conversation in conversations
-        ]
-        prompts: list[Prompt] = [
-            {"prompt": text, "prompt_token_ids": self._tokenizer.encode(text, add_special_tokens=False)}
-            for text in texts
-        ]
+            ids = self._guard.encode(text, hidden, add_special_tokens=False)
+            prompts.append({"prompt": hidden.show(text), "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def _next_id(self) -> str:

@@ -21,7 +21,7 @@ import msgspec
 import tokenizers
 
 from loramux.engine.errors import InvalidRequest
-from loramux.server.tokenizer import Tokenizer
+from loramux.server.tokenizer import Tokenizer, encode_text
 
 _FIRST_MARK: Final = 0xF0000  # one character of the private planes stands for each hidden text
 _MAX_MARKS: Final = 32768
@@ -87,8 +87,10 @@ class ControlTokenGuard:
     def encode(self, text: str, hidden: Hidden, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a rendered text with marks: its own control tokens count, hidden ones do not.
 
-        Takes up to a second the first time, and belongs into a thread.
+        Takes up to a second the first time that something is hidden, and belongs into a thread then.
         """
+        if not hidden:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         with self._lock:
             if self._twin is None:
                 self._twin = _Twin(self._tokenizer)
@@ -145,5 +147,5 @@ class _Twin:
         self._real_ids = {self._backend.token_to_id(name): id_ for name, id_ in wanted.items()}
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids = encode_text(self._backend, text, add_special_tokens=False)
         return [self._real_ids.get(id_, id_) for id_ in ids]
