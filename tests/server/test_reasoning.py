@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import pytest
@@ -134,6 +134,19 @@ def test_calls_are_found_after_the_reasoning_only(reasoning_http: httpx.Client) 
     assert message["reasoning"] == call
     assert message["content"] is None
     assert len(message["tool_calls"]) == 1
+
+
+def test_grammar_begins_after_the_reasoning(reasoning_http: httpx.Client) -> None:
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "!grammar"}],
+        "response_format": {"type": "json_object"},
+    }
+
+    thinking = chat(reasoning_http, "", **body)["message"]["content"]
+    direct = chat(reasoning_http, "", **body, chat_template_kwargs={"enable_thinking": False})
+
+    assert thinking.startswith("start: block?")
+    assert direct["message"]["content"].startswith("{")
 
 
 def test_thinking_can_be_switched_off(reasoning_http: httpx.Client) -> None:

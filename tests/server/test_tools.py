@@ -202,6 +202,22 @@ def test_named_choice_makes_the_answer_its_arguments(tool_http: httpx.Client) ->
     ]
 
 
+def test_answer_with_a_schema_leaves_room_for_calls(tool_http: httpx.Client) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    body = {
+        "tools": [WEATHER],
+        "response_format": schema,
+        "messages": [{"role": "user", "content": "!grammar"}],
+    }
+
+    free = chat(tool_http, "", **body)["message"]["content"]
+    forced = chat(tool_http, "", **body, tool_choice="none")["message"]["content"]
+
+    assert free.startswith("start: answer | calls")
+    assert "get_weather" in free
+    assert forced.startswith("{")
+
+
 @pytest.mark.parametrize(
     ("body", "param", "fragments"),
     [
