@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
+import io
 import logging
 import textwrap
 from pathlib import Path
@@ -195,3 +197,16 @@ def test_command_makes_a_key_and_the_entry_that_fits(
 def test_command_refuses_an_entry_that_the_server_would_refuse(capsys: pytest.CaptureFixture[str]) -> None:
     assert key_command.main(["new", "--id", "a b"]) == 2
     assert "id must be" in capsys.readouterr().err
+
+
+def test_command_hashes_a_key_that_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("short-key\n"))
+
+    assert key_command.main(["hash", "--id", "mine"]) == 0
+
+    output = capsys.readouterr()
+    assert hashlib.sha256(b"short-key").hexdigest() in output.out
+    assert "short-key" not in output.out + output.err
+    assert "can be guessed" in output.err
