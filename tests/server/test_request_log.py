@@ -94,6 +94,7 @@ def test_errors_are_logged_with_their_code(server: RunningServer, http: httpx.Cl
     assert (unknown["status"], unknown["error"], unknown["model"]) == (404, "model_not_found", "who")
     assert (refused["status"], refused["error"], refused["finish_reason"]) == (400, "invalid_value", "error")
     assert (no_key["status"], no_key["error"]) == (401, "invalid_api_key")
+    assert no_key["route"] == "/v1/models"
     assert entry_of(server, late)["error"] == "invalid_value"
 
 
@@ -152,12 +153,14 @@ def test_prompts_and_answers_are_logged_on_request_and_cut(text_model: Path) -> 
     )
     with running_server(str(text_model), *flags, command=COMMAND) as server, server.client() as client:
         models = client.get("/v1/models")
+        broken = client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
         answer = client.post("/v1/completions", json={"prompt": ["abcdefgh", "12"], "max_tokens": 64})
         request_id = answer.headers["x-request-id"]
         line = wait_for(server, lambda line: f"request_id={request_id}" in line)
 
     assert line.endswith('prompts=["abcd", "12"] outputs=["abcd", "12"]\n')
     assert models.headers["x-request-id"] not in server.stderr
+    assert broken.headers["x-request-id"] in server.stderr
 
 
 def record(message: str, **fields: object) -> logging.LogRecord:

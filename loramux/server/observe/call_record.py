@@ -156,7 +156,7 @@ class CallRecord:
     @property
     def is_inference(self) -> bool:
         """True if it asked the model for something, even if that was refused."""
-        return bool(self.sequences) or self.model is not None
+        return bool(self.sequences) or self.model is not None or self.route in GENERATION_ROUTES
 
     @property
     def has_begun(self) -> bool:
@@ -188,6 +188,9 @@ class CallRecord:
         return "error" if self.error not in (None, CLIENT_GONE) else "abort"
 
 
+GENERATION_ROUTES: Final = frozenset(
+    {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/invocations"}
+)
 CLIENT_GONE: Final = "client_closed_request"
 _current: Final[ContextVar[CallRecord | None]] = ContextVar("loramux_call", default=None)
 

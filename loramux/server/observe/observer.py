@@ -73,7 +73,7 @@ class Observer:
         call.ended_s = time.monotonic()
         call.request_id = scope.get("loramux.request_id", "")
         call.status = scope.get("loramux.status")
-        call.route = getattr(scope.get("route"), "path", None)
+        call.route = _route(scope)
         call.key_id = caller_of(scope).key_id
         self.metrics.finished(call)
         self._log.finished(call)
@@ -84,6 +84,15 @@ class Observer:
         """Send what is still queued."""
         if self._spans is not None:
             await asyncio.to_thread(self._spans.close)
+
+
+def _route(scope: Scope) -> str | None:
+    """The template of the route that served a request, or would have: some are refused before routing."""
+    route = scope.get("route")
+    if route is None and "app" in scope:
+        route = scope["app"].state.route_table.match(scope)
+    path: str | None = getattr(route, "path", None)
+    return path
 
 
 class ObserveLayer:
