@@ -13,14 +13,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import threading
 from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 import tokenizers
 
-from loramux.engine.errors import InvalidRequest
+from loramux.engine.errors import InvalidConfig, InvalidRequest
 from loramux.server.tokenizer import Tokenizer, encode_text
 
 _FIRST_MARK: Final = 0xF0000  # one character of the private planes stands for each hidden text
@@ -77,34 +76,23 @@ class ControlTokenGuard:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._names = re.compile(_any_of(set(tokenizer.control_tokens)) or r"(?!)")
-        self._twin: _Twin | None = None
-        self._lock = threading.Lock()
+        self._twin = _Twin(tokenizer)  # now, since it would hold everybody up for half a second later
 
     def open(self) -> Hidden:
         """A fresh record for one conversation."""
         return Hidden(self._names)
 
     def encode(self, text: str, hidden: Hidden, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a rendered text with marks: its own control tokens count, hidden ones do not.
-
-        Takes up to a second the first time that something is hidden, and belongs into a thread then.
-        """
+        """Token ids of a rendered text with marks: its own control tokens count, hidden ones do not."""
         if not hidden:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        with self._lock:
-            if self._twin is None:
-                self._twin = _Twin(self._tokenizer)
-        aliased = self._names.sub(lambda match: self._twin_of(match[0]), text)
+        aliased = self._names.sub(lambda match: self._twin.aliases[match[0]], text)
         ids = self._twin.encode(hidden.show(aliased))
         if not add_special_tokens:
             return ids
         around = self._tokenizer.encode("", add_special_tokens=True)
         start = 1 if around[:1] == [self._tokenizer.bos_token_id] else 0
         return [*around[:start], *ids, *around[start:]]
-
-    def _twin_of(self, name: str) -> str:
-        assert self._twin is not None
-        return self._twin.aliases[name]
 
 
 def _any_of(words: set[str]) -> str:
@@ -129,23 +117,44 @@ class _Twin:
 
     So the real names are ordinary characters to it, split and merged as the model's tokenizer does
     with any text, while an alias is the control token, with the same handling of the space around it.
+
+    Raises:
+        InvalidConfig: the tokenizer cannot be rebuilt.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         definition = msgspec.json.decode(tokenizer.definition())
         definition["post_processor"] = None
         nonce = secrets.token_hex(16)
-        self.aliases: dict[str, str] = {}
+        self.aliases = {
+            name: f"\U0010fffd{nonce}.{id_}\U0010fffd" for name, id_ in tokenizer.control_tokens.items()
+        }
         wanted: dict[str, int] = {}
         for token in definition["added_tokens"]:
-            name = token["content"]
-            if token["special"]:
-                token["content"] = self.aliases[name] = f"\U0010fffd{nonce}.{token['id']}\U0010fffd"
+            token["content"] = self.aliases.get(token["content"], token["content"])
             wanted[token["content"]] = token["id"]
-        self._backend = tokenizers.Tokenizer.from_str(msgspec.json.encode(definition).decode())
-        # An alias is new to the vocabulary, so the twin numbers added tokens in its own way.
+        self._rename(definition["model"])
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(msgspec.json.encode(definition).decode())
+        except Exception as error:  # the library raises bare Exception
+            message = (
+                f"control tokens in messages cannot be told from text with this tokenizer: {error}; "
+                "--parse-special-tokens-in-messages does without"
+            )
+            raise InvalidConfig(message, param="--parse-special-tokens-in-messages") from error
+        # An alias that the vocabulary does not have is numbered in the twin's own way.
         self._real_ids = {self._backend.token_to_id(name): id_ for name, id_ in wanted.items()}
 
     def encode(self, text: str) -> list[int]:
         ids = encode_text(self._backend, text, add_special_tokens=False)
         return [self._real_ids.get(id_, id_) for id_ in ids]
+
+    def _rename(self, model: dict[str, Any]) -> None:
+        """Take the real names out of the vocabulary as well: a unigram model would find them there."""
+        vocabulary = model.get("vocab")
+        if isinstance(vocabulary, list):
+            model["vocab"] = [[self.aliases.get(piece, piece), score] for piece, score in vocabulary]
+        elif isinstance(vocabulary, dict):
+            model["vocab"] = {self.aliases.get(piece, piece): id_ for piece, id_ in vocabulary.items()}
+        if model.get("unk_token") in self.aliases:
+            model["unk_token"] = self.aliases[model["unk_token"]]

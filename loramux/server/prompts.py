@@ -16,7 +16,7 @@ from loramux.engine.errors import ContextTooLong, InvalidRequest
 from loramux.server.api_config import ApiConfig
 from loramux.server.chat_template import ChatTemplate, check_options
 from loramux.server.errors import UnsupportedContent
-from loramux.server.limits import Limits
+from loramux.server.limits import Limits, check_count
 from loramux.server.plain_text import ControlTokenGuard, Hidden
 from loramux.server.sampling_params import check_token_ids
 from loramux.server.schemas.chat import ChatMessage
@@ -100,7 +100,12 @@ class PromptBuilder:
             )
             raise InvalidRequest(message, param="prompt")
         prompts: list[Prompt] = []
+        num_tokens = chars_at_once = 0
         for part in parts:
+            chars_at_once += len(part)
+            if chars_at_once > _THREAD_ABOVE_CHARS:
+                chars_at_once = 0
+                await asyncio.sleep(0)  # many short texts take as long as a long one: let others run between
             if isinstance(part, str):
                 ids = await self.encode(part, add_special_tokens=add_special_tokens, bounded=truncate is None)
             else:
@@ -110,6 +115,9 @@ class PromptBuilder:
             if not ids:
                 message = "Either prompt or prompt_embeds must be provided and non-empty."
                 raise InvalidRequest(message, param="prompt")
+            num_tokens += len(ids)
+            limit = self._limits.prompt_tokens
+            check_count("prompt", num_tokens, limit, "--max-prompt-tokens", " tokens")
             prompts.append(Prompt(ids, part if isinstance(part, str) else None))
         return prompts
 
@@ -213,9 +221,8 @@ class PromptBuilder:
             return await self.encode(text, add_special_tokens=add_special_tokens, bounded=bounded)
         if bounded:
             self._check_length(len(text))
-        return await asyncio.to_thread(
-            self._guard.encode, text, hidden, add_special_tokens=add_special_tokens
-        )
+        encode = partial(self._guard.encode, text, hidden, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(encode) if len(text) > _THREAD_ABOVE_CHARS else encode()
 
     async def encode(self, text: str, *, add_special_tokens: bool, bounded: bool = True) -> list[int]:
         """Token ids of a text; long ones are encoded in a thread.

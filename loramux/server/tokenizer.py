@@ -22,6 +22,17 @@ _SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "se
 _BYTE_PIECE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PIECE_CACHE: Final = 65536
 
+_LONG: Final = 4096  # characters or ids; handling more takes milliseconds
+
+
+def encode_text(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text. Only a batch lets other threads run meanwhile: a megabyte takes a second."""
+    if len(text) <= _LONG:
+        short: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return short
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
+
 
 class Tokenizer:
     """A model's tokenizer with what tokenizer_config.json adds to it."""
@@ -80,7 +91,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens` puts what the model expects around it (BOS)."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = encode_text(self._backend, text, add_special_tokens=add_special_tokens)
         bos = self.bos_token_id
         if add_special_tokens and bos is not None and self._add_bos is not None:
             has_bos = ids[:1] == [bos]
@@ -92,7 +103,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids without a token give nothing, broken UTF-8 gives U+FFFD."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        ids = list(token_ids)
+        if len(ids) <= _LONG:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a control token, such as the end of a turn."""

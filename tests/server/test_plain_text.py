@@ -62,6 +62,35 @@ def test_ordinary_conversation_is_not_touched() -> None:
     assert not hidden
 
 
+def test_model_that_has_the_names_in_its_vocabulary_does_not_find_them() -> None:
+    """As sentencepiece's unigram models do: a whole "</s>" would be the most likely piece."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((char, -1.0) for char in "ab</s>")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
+
+    ids = guarded(tokenizer, "<s>", "a</s>b<unk>", "</s>")
+
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert not {1, 2} & set(ids[1:-1])
+    assert ids[1:7] == [3, 5, 6, 7, 8, 4]
+
+
+@pytest.mark.parametrize("kind", ["BPE", "WordLevel", "WordPiece"])
+def test_twin_knows_the_unknown_token(kind: str) -> None:
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "a": 2, "b": 3}
+    model = getattr(tokenizers.models, kind)(
+        **{"vocab": vocabulary, "unk_token": "[UNK]", **({"merges": []} if kind == "BPE" else {})}
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(["[UNK]", "[SEP]"])
+
+    ids = guarded(Tokenizer(backend, {}), "a[SEP]", "b[SEP]", "[UNK]")
+
+    assert ids == [2, 1, 3, 0, 0, 0, 0, 0, 0]
+
+
 def test_longest_of_many_tokens_is_found_and_nothing_else() -> None:
     backend = tokenizers.Tokenizer.from_str(tiny_tokenizer().definition())
     names = [
