@@ -32,6 +32,8 @@ class Attack:
         if isinstance(self.body, str):
             return self.body.encode()
         body = self.body() if callable(self.body) else self.body
+        if self.path not in (CHAT, COMPLETIONS):
+            return json.dumps(body).encode()
         base: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
         if self.path == COMPLETIONS:
             base = {"prompt": "a", "max_tokens": 8}
@@ -135,6 +137,11 @@ COUNTS: Final = [
     Attack("huge truncate_prompt_tokens", {"truncate_prompt_tokens": 10**30}, status=(200, 400), code=None),
     Attack(
         "text beyond the context", lambda: {"prompt": "word, " * (5 << 20)}, code="context_length_exceeded"
+    ),
+    Attack(
+        "text that might just fit the context",
+        lambda: {"prompt": "ab " * 280_000},
+        code="context_length_exceeded",
     ),
     Attack("text full of quotes", lambda: {"prompt": '"\\' * (4 << 20)}, code="context_length_exceeded"),
     Attack("text full of brackets", lambda: {"prompt": "[{" * (8 << 20)}, code="context_length_exceeded"),
@@ -340,4 +347,52 @@ MEDIA: Final = [
     Attack("CVE-2025-62164 prompt_embeds", {"prompt_embeds": "gASVAAAAAAAAAA=="}, text="prompt_embeds"),
 ]
 
-ATTACKS: Final = [*COUNTS, *PENALTIES, *GRAMMARS, *TOOLS, *TEMPLATES, *MEDIA]
+ELSEWHERE: Final = [
+    Attack(
+        "a million ids to detokenize",
+        lambda: {"tokens": [97] * 10**6},
+        path="/detokenize",
+        status=(200, 400),
+        code=None,
+    ),
+    Attack(
+        "a megabyte to tokenize",
+        lambda: {"prompt": "ab " * 350_000},
+        path="/tokenize",
+        status=(200, 400),
+        code=None,
+    ),
+    Attack(
+        "a megabyte of chat to tokenize",
+        lambda: {"messages": [{"role": "user", "content": "ab " * 200_000}]},
+        path="/tokenize",
+        status=(200, 400),
+        code=None,
+    ),
+    Attack("ids out of vocabulary to detokenize", {"tokens": [2**70]}, path="/detokenize"),
+    Attack(
+        "a megabyte cut to one token",
+        lambda: {"prompt": "ab " * 350_000, "truncate_prompt_tokens": 1},
+        status=(200, 400),
+        code=None,
+    ),
+    Attack(
+        "many prompts of some length, the last one empty",
+        lambda: {"prompt": [*(["ab " * 400] * 800), ""]},
+    ),
+    Attack(
+        "many messages of some length",
+        lambda: {"messages": [{"role": "user", "content": "ab <|end|>" * 40}] * 200},
+        path=CHAT,
+        status=(200, 400),
+        code=None,
+    ),
+    Attack(
+        "prompt of ids that fills the context",
+        lambda: {"prompt": [97] * 99_000, "max_tokens": 1},
+        status=200,
+        code=None,
+    ),
+]
+
+ATTACKS: Final = [*ELSEWHERE, *COUNTS, *PENALTIES, *GRAMMARS, *TOOLS, *TEMPLATES, *MEDIA]

@@ -22,7 +22,8 @@ from tests.running_server import RunningServer, running_server
 from tests.server.fake_serve import COMMAND
 from tests.server.tiny_text import write_text_model
 
-_LONGEST_GAP_S: Final = 0.4  # the attacks held their servers up for seconds; some of this is the test machine
+_LONGEST_GAP_S: Final = 0.2  # the attacks held their servers up for seconds; most of this is the test machine
+_TRIES: Final = 3  # other processes can make a gap, but not three times in a row
 _CONTEXT: Final = 100_000
 
 
@@ -103,19 +104,21 @@ def test_attack_is_refused_and_nobody_else_notices(
     http: httpx.Client, beside: Beside, attack: Attack
 ) -> None:
     data = attack.encode()
-    began_s = time.monotonic()
+    gaps_s: list[float] = []
+    while len(gaps_s) < _TRIES and (not gaps_s or gaps_s[-1] >= _LONGEST_GAP_S):
+        began_s = time.monotonic()
+        response = http.post(attack.path, content=data, headers={"content-type": "application/json"})
+        ended_s = time.monotonic()
+        assert_unharmed(http)
+        gaps_s.append(beside.longest_gap_s(began_s, ended_s))
 
-    response = http.post(attack.path, content=data, headers={"content-type": "application/json"})
-    ended_s = time.monotonic()
-    assert_unharmed(http)
-
-    statuses = attack.status if isinstance(attack.status, tuple) else (attack.status,)
-    assert response.status_code in statuses, response.text[:500]
-    if attack.code is not None:
-        error = response.json()["error"]
-        assert error["code"] == attack.code, error
-        assert attack.text in error["message"], error
-    assert beside.longest_gap_s(began_s, ended_s) < _LONGEST_GAP_S
+        statuses = attack.status if isinstance(attack.status, tuple) else (attack.status,)
+        assert response.status_code in statuses, response.text[:500]
+        if attack.code is not None:
+            error = response.json()["error"]
+            assert error["code"] == attack.code, error
+            assert attack.text in error["message"], error
+    assert min(gaps_s) < _LONGEST_GAP_S, gaps_s
 
 
 def test_malformed_grammar_after_a_valid_one_hurts_nobody(http: httpx.Client, beside: Beside) -> None:

@@ -73,6 +73,9 @@ def check_field_sizes(body: Mapping[str, Any], limits: Limits) -> None:
         value = body.get(name)
         if isinstance(value, list | dict):
             check_count(name, len(value), limit, flag, " entries")
+    tokens = body.get("tokens")  # of /detokenize
+    if isinstance(tokens, list):
+        check_count("tokens", len(tokens), limits.prompt_tokens, "--max-prompt-tokens")
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt:
         if isinstance(prompt[0], int):

@@ -8,7 +8,7 @@ checked by `to_token_sampling` and `check_limits`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -219,18 +219,17 @@ def seed_of_choice(seed: int | None, choice: int) -> int | None:
     return (seed + choice + _INT64_MAX + 1) % (2 * (_INT64_MAX + 1)) - _INT64_MAX - 1
 
 
-def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+def check_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
     """Refuse ids that the model has no token for.
 
     Raises:
         InvalidRequest: names the first such id.
     """
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(
-                f"Token id {token_id} is out of vocabulary: {name} takes ids from 0 to {vocab_size - 1}",
-                param=name,
-            )
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    first = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+    message = f"Token id {first} is out of vocabulary: {name} takes ids from 0 to {vocab_size - 1}"
+    raise InvalidRequest(message, param=name)
 
 
 def _grammar(params: SamplingParams) -> GrammarSpec | None:
