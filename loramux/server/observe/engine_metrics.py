@@ -6,6 +6,7 @@ snapshot adds what is new in it, so that the metrics only grow.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -21,6 +22,7 @@ class EngineMetrics:
 
     def __init__(self) -> None:
         self.last = EngineStats()
+        self.taken_s = 0.0  # when that came (monotonic seconds)
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -42,6 +44,7 @@ class EngineMetrics:
         _add(self.host_load_s, now.host_load_s, last.host_load_s)
         _add(self.device_load_s, now.device_load_s, last.device_load_s)
         self.last = now
+        self.taken_s = time.monotonic()
 
     def collect(
         self, make: Families, plain: Families, config: EngineConfig, info: EngineInfo, *, is_alive: bool

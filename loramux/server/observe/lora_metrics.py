@@ -42,10 +42,10 @@ def collect_adapters(
         [((str(max_loras), _joined(waiting), _joined(running)), time.time())],
     )
     levels = {**dict.fromkeys(stats.host_adapters, "cpu"), **dict.fromkeys(stats.device_adapters, "gpu")}
+    rows = list(table.rows())
+    refs = [row.current.ref for row in rows if row.current is not None]
     loaded = [
-        ((ref.name, levels[ref.digest], str(ref.pinned).lower()), 1.0)
-        for ref in table.all()
-        if ref.digest in levels
+        ((ref.name, levels[ref.digest], str(ref.pinned).lower()), 1.0) for ref in refs if ref.digest in levels
     ]
     loaded.sort(key=lambda item: item[0][1] != "gpu")
     yield make.gauges(
@@ -61,7 +61,7 @@ def collect_adapters(
         "vllm:num_cpu_loaded_lora_adapters", "Adapter contents in host memory.", len(stats.host_adapters)
     )
     counts = dict.fromkeys(AdapterState, 0)
-    for row in table.rows():
+    for row in rows:
         counts[row.state] += 1
     yield plain.gauges(
         "loramux:adapters",

@@ -11,7 +11,6 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.registry import Collector
 
 from loramux.engine.config import EngineConfig
 from loramux.engine.types import EngineInfo, EngineStats
@@ -51,7 +50,7 @@ class StoreView(Protocol):
     num_bytes: int
 
 
-class Metrics(Collector):
+class Metrics:
     """Counts, and makes the page.
 
     Args:
@@ -83,12 +82,13 @@ class Metrics(Collector):
         self._engine = engine
         self._config = config
         self._table = table
-        self._model_name = model_name
         self._rejections = rejections
         self._store = store
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        self._make = Families({"model_name": model_name, "engine": "0"})
+        self._make_named = Families({"model_name": model_name})
+        self._make_plain = Families()
 
     def finished(self, call: CallRecord) -> None:
         """Count a request that is over."""
@@ -98,12 +98,12 @@ class Metrics(Collector):
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""
-        return generate_latest(self._registry)
+        lines = [line for family in self._collect() for line in family.lines]
+        return "\n".join((*lines, "")).encode() + generate_latest(self._process)
 
-    def collect(self) -> Iterator[Family]:
+    def _collect(self) -> Iterator[Family]:
         """Every family, also before anything happened."""
-        make = Families({"model_name": self._model_name, "engine": "0"})
-        plain = Families()
+        make, plain = self._make, self._make_plain
         is_alive, info = self._engine.is_alive, self._engine.info
         yield from self.engine.collect(make, plain, self._config, info, is_alive=is_alive)
         yield self._evictions(plain)
@@ -148,5 +148,4 @@ class Metrics(Collector):
         for reason, count in self._rejections.items():
             reasons.add(reason, by=count)
         yield plain.counters("loramux:queue_rejections", "Calls turned away, by reason.", reasons)
-        labelled = Families({"model_name": self._model_name})
-        yield labelled.counters("vllm:admission_rejections", "Calls turned away, by reason.", reasons)
+        yield self._make_named.counters("vllm:admission_rejections", "Calls turned away, by reason.", reasons)
