@@ -19,9 +19,9 @@ from typing import Final
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from loramux.engine.errors import LoramuxError, Overloaded
+from loramux.engine.errors import LoramuxError
 from loramux.server.disconnect import until_disconnect
-from loramux.server.errors import ClientGone, describe
+from loramux.server.errors import ClientGone, ServerDraining, describe
 from loramux.server.observe.call_record import CLIENT_GONE, note_error
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _error_event(error: Exception, request_id: str | None) -> bytes:
 
 
 def _ending() -> LoramuxError:
-    return Overloaded("the server is shutting down")
+    return ServerDraining("the server is shutting down")
 
 
 async def _send_part(data: bytes, send: Send) -> None:
