@@ -130,12 +130,22 @@ def _errors(
 def _answer(answer: Answer) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for kind, shape in answer.shapes.items():
-        schema: dict[str, Any] = _schema(shape) if shape is not None else {"type": "string"}
-        if kind == EVENTS and answer.events is not None:
-            schema["description"] = "`data:` lines, each with the JSON of `x-event`"
-            schema["x-event"] = _schema(answer.events)
+        if kind == EVENTS:
+            schema = _event_schema(answer.events)
+        else:
+            schema = _schema(shape) if shape is not None else {"type": "string"}
         content[kind] = {"schema": schema}
     return {"description": answer.description, **({"content": content} if content else {})}
+
+
+def _event_schema(shape: Any) -> dict[str, Any]:
+    """One event of a stream; the schema language has no words for JSON that ends with `[DONE]`."""
+    schema: dict[str, Any] = {
+        "type": "object",
+        "description": "Of each event. `data` is the JSON of `x-event`, or of an error; at the end `[DONE]`.",
+        "properties": {"event": {"type": "string"}, "id": {"type": "string"}, "data": {"type": "string"}},
+    }
+    return schema | ({"x-event": _schema(shape)} if shape is not None else {})
 
 
 def _schema(shape: Any) -> dict[str, Any]:

@@ -24,6 +24,9 @@ _REFUSED: Final = (
         for kind in ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
     ),
 )
+_REFUSED_IN: Final = {
+    "ResponsesRequest": ("previous_response_id", "conversation", "prompt", "background"),
+}
 _TEXT_FIELDS: Final = ("lora_name", "lora_path", "name", "src", "source", "uri")
 # Of a path: rules of adapter_names.py that a schema can say.
 _NAME: Final = {"minLength": 1, "maxLength": MAX_NAME_CHARS}
@@ -33,9 +36,9 @@ def state_fields(document: dict[str, Any], services: Services) -> None:
     """Say which values this server takes: its limits, its vocabulary, and null for whatever is optional."""
     schemas: dict[str, Any] = document["components"]["schemas"]
     rules = _rules(services.config.server.limits, services.engine.info.vocab_size)
-    for schema in list(schemas.values()):
+    for title, schema in schemas.items():
         required = schema.get("required", ())
-        for name in _REFUSED:
+        for name in (*_REFUSED, *_REFUSED_IN.get(title, ())):
             schema.get("properties", {}).pop(name, None)
         for name, field in schema.get("properties", {}).items():
             _narrow(field, rules.get(name, {}))
@@ -72,7 +75,7 @@ def describe_uploads(document: dict[str, Any]) -> None:
 def _rules(limits: Limits, vocab_size: int) -> Mapping[str, Mapping[str, Any]]:
     """Constraints by field name, as `sampling_params.py` and `limits.py` check them."""
     ids = {"items": {"minimum": 0, "maximum": vocab_size - 1}}
-    strings = {"items": {"minLength": 1, "maxLength": limits.string_chars, "pattern": r"\S"}}
+    string = {"minLength": 1, "maxLength": limits.string_chars}
     return {
         "n": {"minimum": 1, "maximum": limits.n},
         "temperature": {"minimum": 0, "maximum": 2},
@@ -81,16 +84,17 @@ def _rules(limits: Limits, vocab_size: int) -> Mapping[str, Mapping[str, Any]]:
         "min_p": {"minimum": 0, "maximum": 1},
         "presence_penalty": {"minimum": -2, "maximum": 2},
         "frequency_penalty": {"minimum": -2, "maximum": 2},
-        "repetition_penalty": {"exclusiveMinimum": 0},
+        "repetition_penalty": {"minimum": 0.01, "maximum": 100},
         "seed": _INT64,
         "max_tokens": {"minimum": 1},
         "max_completion_tokens": {"minimum": 1},
+        "max_output_tokens": {"minimum": 1},
         "min_tokens": {"minimum": 0},
         "logprobs": {"minimum": 0, "maximum": limits.logprobs},
         "top_logprobs": {"minimum": 0, "maximum": limits.logprobs},
         "prompt_logprobs": {"minimum": 0, "maximum": limits.logprobs},
-        "stop": {"minLength": 1, "maxLength": limits.string_chars, "maxItems": limits.stop, **strings},
-        "bad_words": {"maxItems": limits.bad_words, **strings},
+        "stop": {**string, "maxItems": limits.stop, "items": string},
+        "bad_words": {"maxItems": limits.bad_words, "items": {**string, "pattern": r"\S"}},
         "stop_token_ids": {"maxItems": limits.stop_token_ids, **ids},
         "allowed_token_ids": {"minItems": 1, "maxItems": limits.logit_bias, **ids},
         "tokens": ids,
@@ -98,6 +102,7 @@ def _rules(limits: Limits, vocab_size: int) -> Mapping[str, Mapping[str, Any]]:
         "logprob_token_ids": {"maxItems": limits.logprob_token_ids, **ids},
         "priority": {"minimum": -_MAX_PRIORITY, "maximum": _MAX_PRIORITY},
         "reasoning_effort": {"enum": list(REASONING_EFFORTS)},
+        "effort": {"enum": list(REASONING_EFFORTS)},
         "cache_salt": {"maxLength": 128},
         "model": {"maxLength": MAX_NAME_CHARS},
         "truncate_prompt_tokens": {"minimum": -1},
