@@ -40,6 +40,13 @@ def refusal(http: httpx.Client, **body: Any) -> dict[str, Any]:
     return error
 
 
+def stream(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
+    """The chunks of a stream that ends well."""
+    response = http.post("/v1/chat/completions", json={"messages": HELLO, "stream": True, **body})
+    assert response.text.endswith("data: [DONE]\n\n"), response.text
+    return [json.loads(event.removeprefix("data: ")) for event in response.text.split("\n\n")[:-2]]
+
+
 def content(answer: dict[str, Any]) -> str:
     text: str = answer["choices"][0]["message"]["content"]
     return text
@@ -53,6 +60,7 @@ def open_http(text_model: Path) -> Iterator[httpx.Client]:
         *('--default-chat-template-kwargs={"style": "plain"}', f"--chat-template={OPTIONS_TEMPLATE}"),
         *("--allowed-chat-template-kwargs", "enable_thinking", "style"),
         *("--parse-special-tokens-in-messages", "--enable-per-request-metrics"),
+        *("--response-role=helper", "--enable-force-include-usage"),
     )
     with running_server(str(text_model), *flags, command=COMMAND) as server, server.client() as client:
         yield client
@@ -66,9 +74,7 @@ def test_prompt_text_and_ids_come_back_when_asked_for(http: httpx.Client) -> Non
 
 
 def test_stream_shows_the_prompt_in_the_first_chunk_only(http: httpx.Client) -> None:
-    body = {"messages": HELLO, "stream": True, "return_prompt_text": True, "n": 2}
-    events = http.post("/v1/chat/completions", json=body).text.split("\n\n")[:-2]
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    chunks = stream(http, return_prompt_text=True, n=2)
 
     shown = [chunk["choices"][0]["index"] for chunk in chunks if "prompt_text" in chunk]
     assert sorted(shown) == [0, 1]
@@ -210,8 +216,23 @@ def test_bad_template_of_a_request_is_the_callers_error(
     assert fragment in error["message"]
 
 
-def test_metrics_are_in_the_answer(open_http: httpx.Client) -> None:
-    assert chat(open_http)["metrics"]["time_to_first_token_ms"] > 0
+def test_operator_decides_about_role_usage_and_metrics(open_http: httpx.Client) -> None:
+    whole = chat(open_http)
+    chunks = stream(open_http)
+
+    assert whole["metrics"]["time_to_first_token_ms"] > 0
+    assert whole["choices"][0]["message"]["role"] == "helper"
+    assert chunks[0]["choices"][0]["delta"]["role"] == "helper"
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["metrics"]["time_to_first_token_ms"] > 0
+    assert all(chunk["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"] for chunk in chunks)
+
+
+def test_chunks_hold_as_many_tokens_as_the_request_says(http: httpx.Client) -> None:
+    chunks = stream(http, stream_interval=4, return_token_ids=True)
+
+    assert [len(chunk["choices"][0]["token_ids"]) for chunk in chunks] == [1, 4, 4]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "user: hi"
 
 
 def test_prompt_logprobs_of_a_chat_are_at_the_top(http: httpx.Client) -> None:

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loramux.server.plain_text import ControlTokenGuard
 from loramux.server.tokenizer import Tokenizer
 from tests.demo import demo_model_folder
 from tests.server.tiny_text import END, START, tiny_tokenizer
+
+TINY = tiny_tokenizer()
 
 
 def guarded(tokenizer: Tokenizer, before: str, content: str, after: str, **options: bool) -> list[int]:
@@ -60,6 +64,16 @@ def test_ordinary_conversation_is_not_touched() -> None:
 
     assert hidden.hide(messages) == messages
     assert not hidden
+
+
+_PIECES = st.sampled_from(
+    ["<|end|>", "<|", "|>", "<|start", "end|>", "<", "a", " ", "é", "\U000f0000", "\U0010fffd"]
+)
+
+
+@given(st.lists(_PIECES, max_size=12).map("".join))
+def test_no_content_makes_a_control_token_or_loses_a_character(content: str) -> None:
+    assert guarded(TINY, "<|start|>", content, "<|end|>") == [START, *content.encode(), END]
 
 
 def test_model_that_has_the_names_in_its_vocabulary_does_not_find_them() -> None:
