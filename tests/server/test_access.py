@@ -39,6 +39,7 @@ def guarded(
         key_entry("boss", *ALL),
         key_entry("user", "inference"),
         key_entry("reader", "adapters:read"),
+        key_entry("narrow", "inference", limits={"max_requests": 1}),
         key_entry("red", *ALL[:3], adapters=["red/*"], sources=[f"file://{sources}/red/*"]),
     )
     wanted = keys.with_name("adapters.yaml")
@@ -253,6 +254,22 @@ def test_callers_with_several_keys_never_share_a_salt(http: httpx.Client) -> Non
 
     assert len({salt("user"), salt("boss"), salt("user", cache_salt="x"), salt("boss", cache_salt="x")}) == 4
     assert salt("user") == plain == repr("id:user\x1f")
+
+
+def test_limit_of_a_key_is_its_own(http: httpx.Client) -> None:
+    slow = {"prompt": "!slow", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+    def ask(key: str) -> httpx.Response:
+        return http.post("/v1/completions", json={"prompt": "a"}, headers=bearer(key))
+
+    with http.stream("POST", "/v1/completions", json=slow, headers=bearer("narrow")) as response:
+        next(response.iter_lines())
+        refused, other = ask("narrow"), ask("user")
+
+    assert (refused.status_code, other.status_code) == (429, 200)
+    assert error_of(refused)["code"] == "rate_limit_exceeded"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert any(ask("narrow").status_code == 200 for _ in range(2000))
 
 
 def test_server_without_keys_passes_the_requests_salt_on(fake_server: RunningServer) -> None:
