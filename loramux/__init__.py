@@ -11,7 +11,7 @@ from loramux.resolvers.base import Resolver, ResolverContext
 from loramux.version import __version__
 
 if TYPE_CHECKING:
-    from loramux.llm import LLM, LoRARequest, RequestOutput, SamplingParams
+    from loramux.llm import LLM, LoRARequest, RequestOutput, SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -20,6 +20,7 @@ __all__ = [
     "Resolver",
     "ResolverContext",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -28,6 +29,7 @@ _LAZY = {
     "LoRARequest": "loramux.llm",
     "RequestOutput": "loramux.llm",
     "SamplingParams": "loramux.llm",
+    "StructuredOutputsParams": "loramux.llm",
 }
 
 

@@ -33,16 +33,25 @@ from loramux.server.sampling_params import (
     seed_of_choice,
     to_token_sampling,
 )
+from loramux.server.structured import StructuredOutputsParams
 from loramux.server.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "LoRARequest", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "LoRARequest",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 _T = TypeVar("_T")
 
-_ENGINE_FIELDS: Final = frozenset(EngineConfig.__struct_fields__) - {"model"}
+_ENGINE_FIELDS: Final = frozenset(EngineConfig.__struct_fields__) - {"model", "tokenizer"}
 
 
 class LLM:
@@ -87,7 +96,9 @@ class LLM:
         source = read_chat_template(chat_template) if chat_template else find_chat_template(tokenizer_folder)
         self._template = ChatTemplate(source, self._tokenizer.special_tokens) if source else None
         self._guard = ControlTokenGuard(self._tokenizer)
-        self._engine = Engine(_engine_config(str(folder), engine_options))
+        self._engine = Engine(
+            _engine_config(str(folder), {**engine_options, "tokenizer": str(tokenizer_folder)})
+        )
         self._adapters: dict[Path, str] = {}  # folder -> digest
         self._num_requests = 0
 

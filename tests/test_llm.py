@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loramux import LLM, LoRARequest, SamplingParams
+from loramux import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
 from loramux.engine.errors import AdapterNotFound, InvalidConfig, InvalidRequest
 from tests.demo import demo_model_folder
 
@@ -88,6 +88,25 @@ def test_stop_string_ends_the_text_and_choices_differ(llm: LLM) -> None:
 
     assert [choice.index for choice in answer.outputs] == [0, 1, 2]
     assert all(" " not in choice.text for choice in answer.outputs)
+
+
+def test_structured_outputs_shape_the_text(llm: LLM) -> None:
+    digits = SamplingParams(structured_outputs=StructuredOutputsParams(regex="[0-9]{3}"), seed=1)
+    choice = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), n=2)
+
+    first, second = llm.generate(["Pi:", "Is it?"], [digits, choice], use_tqdm=False)
+
+    assert first.outputs[0].text.isdigit()
+    assert len(first.outputs[0].text) == 3
+    assert {output.text for output in second.outputs} <= {"yes", "no"}
+
+
+def test_a_bad_grammar_is_refused_and_nothing_is_left_behind(llm: LLM) -> None:
+    bad = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
+    with pytest.raises(InvalidRequest, match="unclosed"):
+        llm.generate(["a", "b"], [GREEDY, bad], use_tqdm=False)
+
+    assert llm.generate("fine", GREEDY, use_tqdm=False)[0].finished
 
 
 @pytest.mark.parametrize("prompt", ["", [], [10**9], [-1], {"prompt": ""}])
