@@ -35,7 +35,7 @@ class Prompt:
     """One prompt."""
 
     token_ids: list[int]
-    text: str | None = None  # as it was sent or rendered; None when it came as ids
+    text: str | None = None  # as it was sent or rendered; None when it came as ids, or was cut
 
 
 class PromptBuilder:
@@ -107,7 +107,8 @@ class PromptBuilder:
                 chars_at_once = 0
                 await asyncio.sleep(0)  # many short texts take as long as a long one: let others run between
             if isinstance(part, str):
-                ids = await self.encode(part, add_special_tokens=add_special_tokens, bounded=truncate is None)
+                text = self._cut(part, truncate, truncation_side)
+                ids = await self.encode(text, add_special_tokens=add_special_tokens, bounded=truncate is None)
             else:
                 ids = part
                 check_token_ids("prompt", ids, self._vocab_size)
@@ -118,7 +119,7 @@ class PromptBuilder:
             num_tokens += len(ids)
             limit = self._limits.prompt_tokens
             check_count("prompt", num_tokens, limit, "--max-prompt-tokens", " tokens")
-            prompts.append(Prompt(ids, part if isinstance(part, str) else None))
+            prompts.append(Prompt(ids, part if isinstance(part, str) and truncate is None else None))
         return prompts
 
     async def from_chat(
@@ -150,9 +151,7 @@ class PromptBuilder:
         Raises:
             InvalidRequest: no messages, content that is not text, or the template refuses it.
         """
-        self._check_chat(messages, options, template)
-        if truncate is None:
-            self._check_length(sum(_content_chars(message) for message in messages))
+        self._check_chat(messages, options, template, bounded=truncate is None)
         plain = [_plain_message(number, message) for number, message in enumerate(messages)]
         shown: dict[str, Any] = {"tools": list(tools), "documents": list(documents)}
         shown["options"] = dict(options or {})
@@ -176,7 +175,10 @@ class PromptBuilder:
             assert self._template is not None
             text = await run(partial(self._template.render, plain, **shown))
         ids = await self._encode_rendered(
-            text, hidden, add_special_tokens=add_special_tokens, bounded=truncate is None
+            self._cut(text, truncate, truncation_side),
+            hidden,
+            add_special_tokens=add_special_tokens,
+            bounded=truncate is None,
         )
         ids = self._truncate(ids, truncate, truncation_side)
         if not ids:
@@ -184,7 +186,12 @@ class PromptBuilder:
         return Prompt(ids, hidden.show(text) if hidden is not None else text)
 
     def _check_chat(
-        self, messages: Sequence[ChatMessage], options: Mapping[str, Any] | None, template: str | None
+        self,
+        messages: Sequence[ChatMessage],
+        options: Mapping[str, Any] | None,
+        template: str | None,
+        *,
+        bounded: bool,
     ) -> None:
         """Refuse what needs no rendering to be refused."""
         check_options(options or {}, self._api.allowed_template_kwargs)
@@ -249,10 +256,24 @@ class PromptBuilder:
                 param="input_tokens",
             )
 
+    def _cut(self, text: str, truncate: int | None, side: Side) -> str:
+        """The part of a text that holds the tokens that truncation keeps, and as much again.
+
+        A text that is far too long must not be tokenized only to be thrown away; what is cut lies so far
+        from the tokens that are kept that it has no say in how those are split.
+        """
+        if truncate is None:
+            return text
+        chars = 2 * self._kept(truncate) * self._tokenizer.max_token_chars
+        return text[-chars:] if side == "left" else text[:chars]
+
+    def _kept(self, truncate: int) -> int:
+        return self._max_model_len - 1 if truncate == -1 else truncate
+
     def _truncate(self, ids: list[int], truncate: int | None, side: Side) -> list[int]:
         if truncate is None:
             return ids
-        keep = self._max_model_len - 1 if truncate == -1 else truncate
+        keep = self._kept(truncate)
         return ids[-keep:] if side == "left" else ids[:keep]
 
 

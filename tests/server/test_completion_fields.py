@@ -121,6 +121,13 @@ def test_truncation_takes_from_either_side(http: httpx.Client) -> None:
     assert cut(truncate_prompt_tokens=-1) == "start middle end"
 
 
+def test_echo_shows_what_truncation_left_over(http: httpx.Client) -> None:
+    choice = complete(http, prompt="start end", truncate_prompt_tokens=3, echo=True, max_tokens=0, logprobs=0)
+
+    assert choice["choices"][0]["text"] == "end"
+    assert choice["choices"][0]["logprobs"]["tokens"] == ["e", "n", "d"]
+
+
 def test_chunks_hold_as_many_tokens_as_the_request_says(http: httpx.Client) -> None:
     chunks = stream(http, prompt="abcdefgh", stream_interval=3, return_token_ids=True)
 
