@@ -6,7 +6,8 @@ upper case, a seed puts `SEED:` in front. Words in the prompt ask for trouble:
     !slow     one token each 10 ms, without end        !crash    the process kills itself
     !stuck    no output at all                         !refuse   the request fails
     !salt     the answer is the request's cache salt     !say:X!end   the answer is X
-    !grammar  the answer is the request's grammar      !weird    a token that no vocabulary has
+    !grammar  the answer is the request's grammar      !weird    a token that no vocabulary has; once
+                                                                 more, one token later
 
 and so does the base model that an adapter's config names:
 
@@ -145,7 +146,7 @@ class FakeEngine:
         token = next(islice(cycle(wanted), len(answer), None))
         if ends and len(answer) >= max(len(wanted), sampling.min_tokens):
             token = EOS
-        if "!weird" in _text(request):
+        if 0 < _text(request).count("!weird") <= len(answer) + 1:
             token = -1
         answer.append(token)
         reason = "length" if len(answer) >= sampling.max_tokens else None

@@ -305,3 +305,19 @@ def test_unexpected_error_shows_nothing_of_the_request_or_the_server(
     assert not any(word in text for word in ("sesame", "Traceback", "Error:", ".py", "loramux/", "token"))
     guarded.wait_line("Traceback")  # the operator sees it
     assert "sesame" not in guarded.stderr
+
+
+def test_unexpected_error_in_a_stream_is_one_event_that_shows_nothing(guarded: RunningServer) -> None:
+    body = {"prompt": "!weird!weird!weird sesame", "stream": True}
+    with guarded.client() as http:
+        response = http.post("/v1/completions", json=body, headers={**KEY, "x-request-id": "weird-late"})
+
+    *_, last = [line for line in response.text.split("\n") if line]
+    assert response.status_code == 200
+    assert last.startswith('data: {"error":')
+    error = error_in(last.removeprefix("data: ").encode())
+    assert error["code"] == "internal_error"
+    assert "weird-late" in error["message"]
+    assert not any(word in last for word in ("sesame", "Traceback", "Error:", ".py"))
+    assert '"finish_reason":"' not in response.text
+    assert "sesame" not in guarded.stderr
