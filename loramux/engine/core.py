@@ -29,7 +29,7 @@ from loramux.engine.grammar import PARAM
 from loramux.engine.grammar_compiler import GrammarCompiler
 from loramux.engine.model_runner import ModelRunner
 from loramux.engine.scheduler import Scheduler
-from loramux.engine.tally import Tally
+from loramux.engine.tally import Tally, resident_bytes
 from loramux.engine.types import (
     STEP_TOKENS_BOUNDS,
     AdapterSpec,
@@ -217,6 +217,8 @@ class Engine:
             1 for seq in s.waiting if seq.adapter is not None and not self.adapters.is_on_device(seq.adapter)
         )
         return EngineStats(
+            cpu_s=time.process_time(),
+            resident_bytes=resident_bytes(),
             started_at=self._started_at,
             num_running=len(s.running),
             num_waiting=len(s.waiting),

@@ -1,9 +1,11 @@
-"""A distribution that is being counted: what `EngineStats` reports of steps and of adapters on the move."""
+"""What `EngineStats` reports beside the scheduler's counts: distributions, and the process's memory."""
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from pathlib import Path
 
 from loramux.engine.types import Distribution
 
@@ -30,3 +32,12 @@ class Tally:
     def distribution(self) -> Distribution:
         """The counts so far."""
         return Distribution(self._counts.copy(), self._total)
+
+
+def resident_bytes() -> int:
+    """This process's resident memory; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

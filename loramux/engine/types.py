@@ -212,6 +212,8 @@ class Distribution(msgspec.Struct, frozen=True, array_like=True):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine's load; what is counted is counted since `started_at`."""
 
+    cpu_s: float = 0.0  # of the process, all threads
+    resident_bytes: int = 0  # of the process now
     started_at: float = 0.0  # Unix seconds; another value = another engine, whose counts began at 0
     num_running: int = 0
     num_waiting: int = 0

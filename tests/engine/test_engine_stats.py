@@ -81,6 +81,8 @@ def test_an_engine_counts_its_steps_and_what_moves_up_and_out(tmp_path: Path) ->
     engine.close()
 
     assert stats.started_at > 1.7e9
+    assert stats.cpu_s > 0
+    assert stats.resident_bytes > 10 << 20
     assert stats.device_evictions == 1
     assert sum(stats.host_load_s.counts) == 3
     assert sum(stats.device_load_s.counts) == 3

@@ -23,6 +23,7 @@ class EngineMetrics:
     def __init__(self) -> None:
         self.last = EngineStats()
         self.taken_s = 0.0  # when that came (monotonic seconds)
+        self.cpu_s = 0.0
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -35,6 +36,7 @@ class EngineMetrics:
     def take(self, now: EngineStats) -> None:
         """Add what happened since the last snapshot, of this engine or of the one before it."""
         last = self.last if self.last.started_at == now.started_at else EngineStats()
+        self.cpu_s += now.cpu_s - last.cpu_s
         self.num_preemptions += now.num_preemptions - last.num_preemptions
         self.prefix_queries += now.prefix_cache_queries - last.prefix_cache_queries
         self.prefix_hits += now.prefix_cache_hits - last.prefix_cache_hits
@@ -80,6 +82,10 @@ class EngineMetrics:
         yield make.counter("vllm:prefix_cache_hits", "Tokens found there.", self.prefix_hits)
         yield make.histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", self.step_tokens)
         yield plain.gauge("loramux:engine_up", "1 while the engine serves requests.", float(is_alive))
+        yield plain.counter("loramux:engine_cpu_seconds", "CPU time of the engine's process.", self.cpu_s)
+        yield plain.gauge(
+            "loramux:engine_resident_memory_bytes", "Memory of the engine's process.", now.resident_bytes
+        )
         yield plain.gauge("loramux:lanes_used", "Rank lanes that hold adapters.", now.lanes_used)
         yield plain.gauge("loramux:lanes", "Rank lanes in all.", info.num_lanes)
 
