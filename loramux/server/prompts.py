@@ -213,12 +213,9 @@ class PromptBuilder:
             raise InvalidRequest(message, param="messages")
         if not messages:
             raise InvalidRequest("messages must not be empty", param="messages")
-        if len(messages) > self._limits.messages:
-            message = (
-                f"messages allows at most {self._limits.messages} entries, got {len(messages)} "
-                "(the server's --max-messages)"
-            )
-            raise InvalidRequest(message, param="messages")
+        check_count("messages", len(messages), self._limits.messages, "--max-messages", " entries")
+        if bounded:
+            self._check_length(sum(_content_chars(message) for message in messages))
 
     async def _encode_rendered(
         self, text: str, hidden: Hidden | None, *, add_special_tokens: bool, bounded: bool
