@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -112,6 +114,23 @@ def test_a_client_that_leaves_is_logged_with_what_it_got(server: RunningServer) 
     entry = json.loads(line)
     assert (entry["finish_reason"], entry["error"]) == ("abort", "client_closed_request")
     assert entry["output_tokens"] >= 1
+
+
+def test_a_stream_that_ends_with_an_error_is_a_warning(server: RunningServer) -> None:
+    body = {"model": "tiny", "prompt": "!slow", "max_tokens": 400, "stream": True}
+    with (
+        httpx.Client(base_url=server.url, headers={"authorization": "Bearer k1"}) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        chunks = response.iter_bytes()
+        next(chunks)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        rest = b"".join(chunks)
+
+    assert b"engine_unavailable" in rest
+    entry = entry_of(server, response)
+    assert (entry["level"], entry["status"], entry["error"]) == ("warning", 200, "engine_unavailable")
+    assert entry["finish_reason"] == "error"
 
 
 def test_every_line_is_one_json_object_without_the_prompt(server: RunningServer, http: httpx.Client) -> None:

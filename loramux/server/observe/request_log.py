@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 from typing import Any, Final
 
-from loramux.server.observe.call_record import CallRecord
+from loramux.server.observe.call_record import CLIENT_GONE, CallRecord
 from loramux.server.observe.http_metrics import UNCOUNTED
 
 logger = logging.getLogger("loramux.request")
@@ -54,9 +54,11 @@ def _level(call: CallRecord) -> int:
     """Probes and scrapes come all day; a 503 is the server's way to say no, other 5xx are faults."""
     if call.route is not None and (call.route in UNCOUNTED or call.route.startswith("/metrics")):
         return logging.DEBUG
-    if call.status == 503:
+    status = call.status or 0
+    was_cut = status == 200 and call.error not in (None, CLIENT_GONE)  # told in the stream
+    if status == 503 or was_cut:
         return logging.WARNING
-    return logging.ERROR if (call.status or 0) >= 500 else logging.INFO
+    return logging.ERROR if status >= 500 else logging.INFO
 
 
 def _fields(call: CallRecord) -> dict[str, Any]:
