@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import AddedToken
 
 from loramux.engine.errors import InvalidRequest
 from loramux.engine.grammar import compile_grammar, load_tokenizer
@@ -16,7 +17,7 @@ from loramux.server.schemas.chat import ChatTool
 from loramux.server.structured import json_schema_grammar, lark_grammar, regex_grammar
 from loramux.server.tokenizer import Tokenizer
 from loramux.server.tool_grammar import after_reasoning, answer_or_calls, arguments_grammar, calls_grammar
-from tests.server.tiny_text import write_text_model
+from tests.server.tiny_text import VOCAB_SIZE, byte_tokenizer, write_text_model
 
 CITY: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TREE: Final = {
@@ -156,6 +157,19 @@ def test_marks_that_are_special_tokens_are_written_as_such(
 
     assert allows(compiler, wrapped, '<|start|>Well.<|end|>\n{"a": 1}')
     assert not allows(compiler, wrapped, "<|start|>Well.")
+
+
+def test_mark_in_brackets_may_be_a_special_token(tmp_path: Path) -> None:
+    backend = byte_tokenizer()
+    backend.add_special_tokens([AddedToken("[TOOL_CALLS]", special=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    spec = answer_or_calls(ANSWER, "mistral", TOOLS, Limits(), Tokenizer.from_folder(tmp_path))
+    matcher = compile_grammar(spec, load_tokenizer(tmp_path)).deep_copy()
+
+    ids = [VOCAB_SIZE, *b'[{"name": "now", "arguments": {}}]']
+
+    assert matcher.try_consume_tokens(ids) == len(ids)
+    assert matcher.is_accepting()
 
 
 def test_gbnf_cannot_be_part_of_another_grammar(tokenizer: Tokenizer) -> None:
