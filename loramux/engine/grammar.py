@@ -13,7 +13,6 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,14 +182,14 @@ class FilledMasks:
 class GrammarMasks:
     """Computes the masks of a step, in parallel over its rows."""
 
-    def __init__(self, vocab_size: int, *, num_threads: int | None = None) -> None:
+    def __init__(self, vocab_size: int, *, num_threads: int = 1) -> None:
         """Args:
         vocab_size: columns of the model's logits; may exceed the tokenizer's tokens, which are padded
             with forbidden ones, or fall short of them.
-        num_threads: None = as many as there are cores.
+        num_threads: that compute masks, beside those of the model.
         """
         self._vocab_size = vocab_size
-        self._executor = LLExecutor(num_threads or os.cpu_count() or 1)
+        self._executor = LLExecutor(num_threads)
 
     def fill(self, rows: Sequence[MaskRow], tokenizer: LLTokenizer) -> FilledMasks:
         """The masks for the next token of each row."""

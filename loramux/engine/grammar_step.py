@@ -15,6 +15,7 @@ from loramux.engine.layers.sampler import TokenMask
 from loramux.engine.scheduler import ScheduledSequence
 from loramux.engine.sequence import Sequence
 
+MAX_THREADS: Final = 8
 IMPOSSIBLE: Final = "the grammar allows no token that allowed_token_ids, bad_words and min_tokens leave"
 
 
@@ -65,7 +66,9 @@ class GrammarStep:
 
     def _fill(self, sequences: list[Sequence], tokenizer: LLTokenizer) -> StepMasks:
         if self._masks is None:
-            self._masks = GrammarMasks(self._vocab_size)
+            self._masks = GrammarMasks(
+                self._vocab_size, num_threads=min(torch.get_num_threads(), MAX_THREADS)
+            )
         rows = [
             MaskRow(seq.matcher, seq.sampling.end_token_ids) for seq in sequences if seq.matcher is not None
         ]

@@ -97,7 +97,7 @@ class GrammarChecker:
         """
         verdict = self._remembered.get(spec)
         if verdict is None:
-            verdict = await asyncio.shield(self._flight(spec))  # others may wait for it, too
+            verdict = await self._wait(self._flight(spec))
         else:
             self._remembered.move_to_end(spec)
         if verdict.spec is None:
@@ -115,6 +115,15 @@ class GrammarChecker:
         for process in self._idle:
             await process.end()
         self._idle.clear()
+
+    async def _wait(self, flight: asyncio.Task[_Verdict]) -> _Verdict:
+        """Its verdict; a caller that leaves does not end it, since others may wait for it, too."""
+        try:
+            return await asyncio.shield(flight)
+        except asyncio.CancelledError:
+            if flight.cancelled():
+                raise Overloaded("the server is shutting down") from None
+            raise
 
     def _flight(self, spec: GrammarSpec) -> asyncio.Task[_Verdict]:
         task = self._flights.get(spec)

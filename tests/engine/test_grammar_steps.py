@@ -223,7 +223,9 @@ def test_a_preempted_sequence_goes_on_in_its_grammar(
         return run(target, tokenizer)
 
     calm = several(engine)
-    crowded = Engine(EngineConfig(model=str(folder), max_model_len=128, num_kv_blocks=12))
+    crowded = Engine(
+        EngineConfig(model=str(folder), max_model_len=128, num_kv_blocks=12, max_num_batched_tokens=16)
+    )
     try:
         squeezed = several(crowded)
         assert crowded.scheduler.num_preemptions > 0

@@ -293,6 +293,8 @@ async def test_a_checker_that_cannot_start_refuses_and_says_so(text_model: Path,
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_requests_are_refused_before_the_first_byte_of_a_stream(http: httpx.Client, path: str) -> None:
     body = {**CHAT, "prompt": "hi", "stream": True}
+    # This server comments on a stream after 0.2 s; the process that tries grammars takes longer to start.
+    http.post(path, json={**body, "stream": False, "structured_outputs": {"choice": ["a"]}})
     bad = ({"response_format": format_of({"type": "strange"})}, {"structured_outputs": {"regex": "("}})
     for fields in bad:
         response = http.post(path, json={**body, **fields})
