@@ -254,6 +254,7 @@ class EngineClient:
                 self.last_heartbeat_s = time.monotonic()
                 for message in messages.decode_from_engine(frame):
                     self._dispatch(message)
+                await asyncio.sleep(0)  # a queue of frames must not hold up the loop: recv would not yield
         except Exception:  # without a reader everybody would wait for ever
             logger.exception("the engine's messages cannot be read")
             self.abandon("the engine sent what cannot be read")

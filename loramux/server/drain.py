@@ -11,6 +11,7 @@ from typing import Final
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramux.server.errors import ServerDraining, respond
+from loramux.server.start_gate import StartGate
 
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _PROBES: Final = frozenset({"/ping"})  # may come as a POST
@@ -48,11 +49,12 @@ class Drain:
 
 
 class DrainLayer:
-    """Counts requests in, and refuses those that begin work while the server drains."""
+    """Counts requests in, a few in a turn of the loop, and refuses those that begin work in a drain."""
 
     def __init__(self, app: ASGIApp, *, drain: Drain) -> None:
         self._app = app
         self._drain = drain
+        self._gate = StartGate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or answer 503."""
@@ -65,6 +67,7 @@ class DrainLayer:
             return
         self._drain.enter()
         try:
+            await self._gate.enter()
             await self._app(scope, receive, send)
         finally:
             self._drain.leave()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -170,6 +171,8 @@ class _Server:
         server = self._config.server
         self._services = services
         self._http = _Uvicorn(_uvicorn_config(services, server, self._tls))
+        gc.collect()
+        gc.freeze()  # what start-up allocated is never scanned again: a full scan takes tens of ms
         serving = asyncio.ensure_future(self._http.serve(sockets=[listener.socket]))
         await self._http.listening.wait()
         address = listener.address

@@ -225,7 +225,7 @@ def test_answers_have_flags() -> None:
 
     assert (api.force_include_usage, api.stream_interval, api.tokenizer_info) == (True, 5, True)
     assert (api.content_format, api.template_kwargs) == ("openai", {"a": 1})
-    assert api.allowed_template_kwargs == {"a", "b"}
+    assert api.allowed_template_kwargs == frozenset({"a", "b"})
     assert not api.trust_request_template
     assert not api.parse_special_tokens
 
