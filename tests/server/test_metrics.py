@@ -212,7 +212,7 @@ def test_adapters_with_running_and_with_waiting_requests_are_told_apart(
 
 
 def test_loaded_adapters_are_shown_by_name_and_level(http: httpx.Client) -> None:
-    page = scrape(http)
+    page = scrape_until(http, lambda page: page.value("vllm:num_cpu_loaded_lora_adapters") > 0)
 
     assert page.labels("vllm:lora_adapter_loaded") == [
         {
