@@ -152,28 +152,12 @@ class PromptBuilder:
             InvalidRequest: no messages, content that is not text, or the template refuses it.
         """
         self._check_chat(messages, options, template, bounded=truncate is None)
-        plain = [_plain_message(number, message) for number, message in enumerate(messages)]
-        shown: dict[str, Any] = {"tools": list(tools), "documents": list(documents)}
-        shown["options"] = dict(options or {})
-        is_long = bool(documents) or sum(map(_num_chars, plain)) > _THREAD_ABOVE_CHARS
-        run = asyncio.to_thread if is_long else _at_once
-        hidden = self._guard.open() if self._guard is not None else None
-        if hidden is not None:
-            plain, shown = await run(hidden.hide, (plain, shown))
-        shown["options"] = {**self._api.template_kwargs, **shown["options"]}
-        shown["add_generation_prompt"] = add_generation_prompt
-        shown["continue_final_message"] = continue_final_message
-        if template is not None:
-            text = await self._processes.render(
-                template,
-                self._tokenizer.special_tokens,
-                plain,
-                content_format=self._api.content_format,
-                values=shown,
-            )
-        else:
-            assert self._template is not None
-            text = await run(partial(self._template.render, plain, **shown))
+        shown = {"tools": list(tools), "documents": list(documents), "options": dict(options or {})}
+        switches = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        text, hidden = await self._render(messages, shown, switches, template)
         ids = await self._encode_rendered(
             self._cut(text, truncate, truncation_side),
             hidden,
@@ -184,6 +168,40 @@ class PromptBuilder:
         if not ids:
             raise InvalidRequest("the chat template made an empty prompt of messages", param="messages")
         return Prompt(ids, hidden.show(text) if hidden is not None else text)
+
+    async def _render(
+        self,
+        messages: Sequence[ChatMessage],
+        shown: Mapping[str, Any],
+        switches: Mapping[str, bool],
+        template: str | None,
+    ) -> tuple[str, Hidden | None]:
+        """The text that a template makes of a conversation, and what was hidden from it.
+
+        Args:
+            messages: the conversation.
+            shown: further values for the template that come from the request.
+            switches: further arguments of `ChatTemplate.render`.
+            template: the request's own, which runs in a process; None = the model's, run here or in a thread.
+        """
+        plain = [_plain_message(number, message) for number, message in enumerate(messages)]
+        is_long = bool(shown["documents"]) or sum(map(_num_chars, plain)) > _THREAD_ABOVE_CHARS
+        run = asyncio.to_thread if is_long else _at_once
+        hidden = self._guard.open() if self._guard is not None else None
+        if hidden is not None:
+            plain, shown = await run(hidden.hide, (plain, shown))
+        values = {**shown, **switches, "options": {**self._api.template_kwargs, **shown["options"]}}
+        if template is None:
+            assert self._template is not None
+            return await run(partial(self._template.render, plain, **values)), hidden
+        text = await self._processes.render(
+            template,
+            self._tokenizer.special_tokens,
+            plain,
+            content_format=self._api.content_format,
+            values=values,
+        )
+        return text, hidden
 
     def _check_chat(
         self,
