@@ -16,7 +16,7 @@ from loramux.server.services import ServicesDep
 
 router = APIRouter()
 
-_FRESH_S: Final = 0.02  # a snapshot this old is as good as new; some routers ask 20 times a second
+_FRESH_S: Final = 0.1  # younger than this, the last snapshot will do: some routers ask 20 times a second
 _PATIENCE_S: Final = 0.1  # with a busy engine, whose last snapshot is about a second old
 
 
