@@ -21,7 +21,7 @@ def server(text_model: Path, adapter_folder: Path) -> Iterator[RunningServer]:
     """The server behind nginx."""
     with running_server(
         *(str(text_model), "--served-model-name=tiny", "--host=127.0.0.1", "--enable-lora"),
-        *("--lora-modules", f"org/loud one:v1={adapter_folder}", "--timeout-keep-alive=75"),
+        *("--lora-modules", f"org/loud one:v1={adapter_folder}"),
         *("--sse-keep-alive-interval=0.2", "--allow-runtime-lora-updating"),
         command=COMMAND,
     ) as running:
