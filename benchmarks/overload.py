@@ -185,7 +185,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--front", choices=("none", "nginx"), default="none")
     parser.add_argument("--nginx", help="the nginx to use")
     parser.add_argument("--nginx-folder", default="/tmp/nginx-unpacked", help="where Debian's is unpacked")
-    parser.add_argument("--server-flags", default="--max-num-seqs=32 --max-num-queued-reqs=128")
+    parser.add_argument(
+        "--server-flags", default="--max-num-seqs=32 --max-num-queued-reqs=128 --kv-cache-bytes=256M"
+    )
     parser.add_argument("--name", default="overload-cpu", help="results/NAME.json; empty writes nothing")
     return parser.parse_args()
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loramux.engine.errors import InvalidRequest, Overloaded
 from loramux.server.access.caller import ANYONE, Caller
-from loramux.server.admission import REASONS, Admission
+from loramux.server.admission import REASONS, Admission, Ticket
 from loramux.server.admission_config import AdmissionConfig
 from loramux.server.errors import RateLimited
 from tests.running_server import RunningServer, running_server
@@ -351,3 +355,37 @@ def test_call_that_has_begun_may_take_its_time(impatient_server: RunningServer) 
         body = {"prompt": "!slow", "max_tokens": 100, "ignore_eos": True}
 
         assert http.post("/v1/completions", json=body).status_code == 200
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["admit", "start", "release"]), st.integers(0, 3), st.integers(1, 4)),
+        max_size=60,
+    )
+)
+def test_counts_are_those_of_the_calls_that_are_inside(steps: list[tuple[str, int, int]]) -> None:
+    gate = admission(Clock(), max_num_queued_reqs=8, max_key_requests=6, max_adapter_requests=6)
+    inside: list[tuple[Ticket, str, int, list[int]]] = []  # ticket, name, sequences, tokens that wait
+    for action, number, sequences in steps:
+        name = f"n{number}"
+        if action == "admit":
+            with contextlib.suppress(Overloaded):
+                caller = Caller(key_id=name)
+                ticket = gate.admit(caller, name, sequences=sequences, tokens=7 * sequences)
+                inside.append((ticket, name, sequences, [7] * sequences))
+        elif inside and action == "start":
+            ticket, _, _, waiting = inside[number % len(inside)]
+            if waiting:
+                ticket.started(waiting.pop())
+        elif inside:
+            inside.pop(number % len(inside))[0].release()
+
+        queued = [len(waiting) for _, _, _, waiting in inside]
+        assert (gate.queue.sequences, gate.queue.tokens) == (sum(queued), 7 * sum(queued))
+        for table in (gate._keys, gate._adapters):
+            expected = Counter[str]()
+            for _, owner, count, _ in inside:
+                expected[owner] += count
+            assert {owner: line.sequences for owner, line in table.items()} == dict(expected)
+            assert all(line.sequences <= 6 for line in table.values())
+        assert gate.queue.sequences <= 8
