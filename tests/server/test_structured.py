@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loramux.engine.errors import InvalidRequest, Overloaded
 from loramux.engine.types import GrammarSpec
@@ -31,6 +33,19 @@ from loramux.server.structured import (
 LIMITS: Final = Limits(schema_bytes=2000, schema_depth=6, regex_bytes=50, choices=3, grammars_in_flight=2)
 OBJECT: Final = {"type": "object", "properties": {"a": {"type": "integer"}}}
 SLOW: Final = json_schema_grammar({"type": "integer", "multipleOf": 99991})  # most of a second
+_WORDS: Final = (
+    "type",
+    "properties",
+    "items",
+    "$ref",
+    "$defs",
+    "enum",
+    "anyOf",
+    "format",
+    "const",
+    "default",
+    "a",
+)
 CHAT: Final = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -199,6 +214,35 @@ def test_offline_parameters_take_the_same_and_refuse_the_same() -> None:
     assert params.structured_outputs.choice == ["a", "b"]
     with pytest.raises(InvalidRequest, match="exactly one"):
         StructuredOutputsParams()
+
+
+_JSON: Final = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_WORDS), inner, max_size=4),
+    max_leaves=20,
+)
+_CONSTRAINTS: Final = ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
+_FORMATS: Final = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "json_object", "json_schema"]) | _JSON},
+    optional={"json_schema": st.fixed_dictionaries({"schema": _JSON}, optional={"strict": _JSON}) | _JSON},
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.none() | _FORMATS, st.none() | st.fixed_dictionaries({}, optional=dict.fromkeys(_CONSTRAINTS, _JSON))
+)
+def test_any_json_gives_a_grammar_or_a_refusal(
+    response_format: dict[str, Any] | None, structured_outputs: dict[str, Any] | None
+) -> None:
+    try:
+        spec = asked(response_format, structured_outputs)
+    except InvalidRequest as error:
+        param = error.param
+    else:
+        param = None if spec is None else "structured_outputs" if structured_outputs else "response_format"
+
+    assert param in (None, "response_format", "structured_outputs")
 
 
 @pytest.fixture
