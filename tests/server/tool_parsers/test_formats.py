@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux.server.message_parser import ArgumentsPart, CallPart, TextPart, join_parts
+from loramux.server.tool_parsers.json_value import MAX_DEPTH
 from tests.server.tool_parsers.formats import (
     CALLS,
     FORMATS,
@@ -173,6 +174,21 @@ def test_what_models_write_beside_the_plain_format(
         message = join_parts(read(name, pieces))
         assert message.text == content
         assert calls is None or meant(message.calls) == calls
+
+
+@pytest.mark.parametrize(
+    "start",
+    ['<tool_call>{"name": "add", "arguments": ', '<tool_call>{"more": ', '<tool_call>{"arguments": '],
+)
+def test_depth_of_arguments_is_bounded(start: str) -> None:
+    text = start + '{"a":' * 100_000
+
+    message = message_of("hermes", text)
+
+    shown = "".join(call.arguments for call in message.calls)
+    assert shown.count("{") <= MAX_DEPTH
+    assert text.endswith(shown + message.text)
+    assert message.text
 
 
 @pytest.mark.parametrize(
