@@ -51,6 +51,18 @@ def test_scoring_a_text_gives_what_generating_it_gave(http: httpx.Client, model:
         )  # greedy, as the harness finds out
 
 
+def test_choices_of_one_prompt_show_the_same_prompt(http: httpx.Client) -> None:
+    body = {"model": "pirate", "prompt": PROMPT, "echo": True, "logprobs": 2, "max_tokens": 2}
+    alone = complete(http, **body)["logprobs"]["token_logprobs"][:-2]
+
+    response = http.post("/v1/completions", json={**body, "n": 3, "temperature": 1.0, "seed": 1})
+
+    for choice in response.json()["choices"]:
+        assert choice["text"].startswith(PROMPT)
+        assert choice["logprobs"]["token_logprobs"][1:-2] == pytest.approx(alone[1:], abs=1e-3)
+        assert choice["logprobs"]["token_logprobs"][0] is None
+
+
 def test_named_tokens_have_the_values_that_scoring_gives_them(http: httpx.Client) -> None:
     named = http.post("/tokenize", json={"prompt": " Lyon"}).json()["tokens"][0]
     body = {"model": "smollm2", "prompt": PROMPT, "logprobs": 2, "logprob_token_ids": [named]}
