@@ -67,26 +67,19 @@ class GrammarChecker:
         self._slots = asyncio.Semaphore(_MAX_PROCESSES)
 
     async def requested(
-        self,
-        response_format: Mapping[str, Any] | None,
-        structured_outputs: Mapping[str, Any] | None,
-        *,
-        tools: GrammarSpec | None = None,
+        self, response_format: Mapping[str, Any] | None, structured_outputs: Mapping[str, Any] | None
     ) -> GrammarSpec | None:
         """The grammar that these fields of a request ask for, tried; None if they ask for none.
 
         Args:
             response_format: OpenAI's field.
             structured_outputs: vLLM's.
-            tools: what the choice of a tool asks for; wins over the others.
 
         Raises:
             InvalidRequest: it cannot be used; `param` is the field at fault.
             Overloaded: too many others are being tried.
         """
         asked = requested_grammar(response_format, structured_outputs, self._limits)
-        if tools is not None:
-            return await self.check(tools, param="tools")
         return None if asked is None else await self.check(asked.spec, param=asked.param)
 
     async def check(self, spec: GrammarSpec, *, param: str) -> GrammarSpec:

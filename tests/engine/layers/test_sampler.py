@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from loramux.engine.layers.sampler import SamplingRow, process_logits, sample, token_logprobs, uniforms
+from loramux.engine.layers.sampler import (
+    SamplingRow,
+    TokenMask,
+    process_logits,
+    sample,
+    token_logprobs,
+    uniforms,
+)
 from loramux.engine.types import TokenSampling
 
 VOCAB = 40
@@ -171,3 +178,56 @@ def test_uniforms_are_spread_and_depend_on_seed_and_step() -> None:
     assert len(set(values.tolist())) == 2000
     assert 0.48 < values.mean() < 0.52
     assert ((values >= 0) & (values < 1)).all()
+
+
+def only(*tokens: int) -> torch.Tensor:
+    """A mask that forbids every other token."""
+    forbidden = torch.ones(VOCAB, dtype=torch.bool)
+    forbidden[list(tokens)] = False
+    return forbidden
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.9}])
+def test_a_mask_holds_for_its_rows_and_no_others(logits: torch.Tensor, fields: dict[str, Any]) -> None:
+    rows = [row(seed, **fields) for seed in range(6)]
+    free = sample(logits.expand(6, -1), rows)
+    mask = TokenMask([1, 4], torch.stack([only(3), only(5, 6)]))
+
+    held = sample(logits.expand(6, -1), rows, mask)
+
+    assert held.token_ids[1] == 3
+    assert held.token_ids[4] in (5, 6)
+    assert [held.token_ids[i] for i in (0, 2, 3, 5)] == [free.token_ids[i] for i in (0, 2, 3, 5)]
+    assert held.impossible == []
+
+
+def test_a_mask_of_all_rows_leaves_the_logits_that_were_given(logits: torch.Tensor) -> None:
+    given = logits.expand(2, -1).clone()
+    rows = [
+        row(temperature=0.0, logprobs=1, logit_bias={7: 100.0}),
+        row(temperature=0.0, repetition_penalty=2.0),
+    ]
+
+    out = sample(given, rows, TokenMask([0, 1], torch.stack([only(3), only(4)])))
+
+    assert out.token_ids == [3, 4]
+    assert torch.equal(given, logits.expand(2, -1))
+    assert out.logprobs[0] is not None
+    assert out.logprobs[0].token_ids == [3, int(logits.argmax())]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"allowed_token_ids": [1, 2]}, {"bad_words_token_ids": [[3]]}, {"min_tokens": 5, "eos_token_ids": [3]}],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_nothing_is_left_of_is_named(
+    logits: torch.Tensor, fields: dict[str, Any], temperature: float
+) -> None:
+    rows = [row(temperature=temperature), row(temperature=temperature, **fields)]
+    mask = TokenMask([0, 1], torch.stack([only(3), only(3)]))
+
+    out = sample(logits.expand(2, -1), rows, mask)
+
+    assert out.impossible == [1]
+    assert out.token_ids[0] == 3
