@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import msgspec
 import pytest
 
+from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig, InvalidRequest
 from loramux.server import flags
 from loramux.server.admission_config import AdmissionConfig, ConnectionConfig, flag_name
@@ -48,6 +49,7 @@ def defaults() -> dict[str, int | float]:
         for spec in fields(cls):
             assert spec.default is not MISSING
             found[flag_name(spec.name)] = spec.default
+    found["--grammar-compile-timeout"] = EngineConfig(model="x").grammar_compile_timeout_s
     return found
 
 
@@ -65,10 +67,11 @@ def test_every_status_on_the_page_is_one_that_the_server_gives() -> None:
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.flag)
 def test_flag_of_every_limit_sets_it(row: Row, tmp_path: Path) -> None:
-    config = read_config([str(tmp_path), f"{row.flag}=7"], {}).server
+    config = read_config([str(tmp_path), f"{row.flag}=7"], {})
 
     field = row.flag.removeprefix("--").replace("-", "_")
-    places = (config.limits, config.admission, config.connections)
+    server = config.server
+    places = (server.limits, server.admission, server.connections, config.engine)
     names = (field, f"{field}_s", field.removeprefix("max_"))
     found = [getattr(place, name) for place in places for name in names if hasattr(place, name)]
     assert found == [7]
