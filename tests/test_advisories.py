@@ -6,7 +6,9 @@ afterwards the same server answers a plain request.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import re
 import socket
 import threading
 import time
@@ -146,14 +148,21 @@ def test_placeholders_of_images_and_turns_in_a_message_are_plain_text(http: http
 
 
 def raw(server: RunningServer, data: bytes) -> bytes:
-    """The first bytes that answer what was sent."""
+    """The whole answer to what was sent."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may be answered half-way
             connection.sendall(data)
-        except (BrokenPipeError, ConnectionResetError):
-            return connection.recv(4096)
-        return connection.recv(4096)
+        answer = b""
+        while not _is_whole(answer) and (piece := connection.recv(65536)):
+            answer += piece
+        return answer
+
+
+def _is_whole(answer: bytes) -> bool:
+    head, blank, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head.lower())
+    return bool(blank) and (length is None or len(body) >= int(length[1]))
 
 
 @pytest.mark.parametrize("path", [b"/health", b"/v1/models", b"/nothing"])
