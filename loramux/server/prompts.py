@@ -7,6 +7,7 @@ from the template alone (`plain_text.py`), unless the operator decided otherwise
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from loramux.server.tool_history import read_arguments
 T = TypeVar("T")
 Side = Literal["left", "right"]  # the one that truncation takes from
 
+_SLOW_TEMPLATE_S: Final = 0.05  # a template that has taken so long runs in a thread from then on
 _THREAD_ABOVE_CHARS: Final = 16384  # about 5 ms of tokenizing; longer texts leave the event loop
 
 
@@ -67,6 +69,7 @@ class PromptBuilder:
         self._api = api
         self._guard = None if api.parse_special_tokens else ControlTokenGuard(tokenizer)
         self._processes = TemplateProcesses()
+        self._is_template_slow = False  # it once took longer than the event loop can spare
 
     @property
     def template_source(self) -> str | None:
@@ -186,6 +189,7 @@ class PromptBuilder:
         """
         plain = [_plain_message(number, message) for number, message in enumerate(messages)]
         is_long = bool(shown["documents"]) or sum(map(_num_chars, plain)) > _THREAD_ABOVE_CHARS
+        is_long = is_long or self._is_template_slow
         run = asyncio.to_thread if is_long else _at_once
         hidden = self._guard.open() if self._guard is not None else None
         if hidden is not None:
@@ -193,7 +197,10 @@ class PromptBuilder:
         values = {**shown, **switches, "options": {**self._api.template_kwargs, **shown["options"]}}
         if template is None:
             assert self._template is not None
-            return await run(partial(self._template.render, plain, **values)), hidden
+            began_s = time.monotonic()
+            text = await run(partial(self._template.render, plain, **values))
+            self._is_template_slow |= time.monotonic() - began_s > _SLOW_TEMPLATE_S
+            return text, hidden
         text = await self._processes.render(
             template,
             self._tokenizer.special_tokens,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 
 import pytest
 
 from loramux.server.api_config import ApiConfig
+from loramux.server.chat_template import ChatTemplate
 from loramux.server.limits import Limits
 from loramux.server.prompts import PromptBuilder, Side
+from loramux.server.schemas.chat import ChatMessage
 from loramux.server.tokenizer import Tokenizer
 from tests.demo import demo_model_folder
 
@@ -54,3 +57,24 @@ def test_text_that_is_cut_away_is_not_tokenized(prompts: PromptBuilder) -> None:
 
     assert len(prompt.token_ids) == 8
     assert time.process_time() - began_s < 1.0  # all of it would take 20 s
+
+
+def test_slow_template_leaves_the_event_loop_after_its_first_time(tokenizer: Tokenizer) -> None:
+    threads: list[int] = []
+    template = ChatTemplate("{{ note() }}{% for i in range(90000) %}{% endfor %}", {})
+    prompts = PromptBuilder(
+        tokenizer, template, vocab_size=49152, max_model_len=10**6, limits=Limits(), api=ApiConfig()
+    )
+
+    def note() -> str:
+        threads.append(threading.get_ident())
+        return "x"
+
+    async def make() -> None:
+        for _ in range(2):
+            await prompts.from_chat([ChatMessage(role="user", content="x")], options={"note": note})
+
+    asyncio.run(make())
+
+    assert threads[0] == threading.get_ident()
+    assert threads[1] != threads[0]
