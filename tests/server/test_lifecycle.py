@@ -16,6 +16,7 @@ from tests.adapter_files import llama_sites, write_adapter
 from tests.running_server import RunningServer, running_server
 from tests.server.fake_serve import COMMAND
 
+KEPT_ALIVE = ("--sse-keep-alive-interval=0.2",)
 SLOW = {"prompt": "!slow", "max_tokens": 400, "ignore_eos": True}
 
 
@@ -138,7 +139,7 @@ def test_the_time_for_draining_ends_with_one_error_for_each_stream(text_model: P
 
 def test_a_second_signal_ends_the_draining(text_model: Path) -> None:
     with (
-        running_server(str(text_model), "--shutdown-timeout=600", command=COMMAND) as server,
+        running_server(str(text_model), *KEPT_ALIVE, "--shutdown-timeout=600", command=COMMAND) as server,
         server.client() as http,
         http.stream("POST", "/v1/completions", json={"prompt": "!stuck", "stream": True}) as response,
     ):
