@@ -13,7 +13,9 @@ import jsonschema
 import msgspec
 import numpy as np
 import pytest
+import tokenizers
 from llguidance import LLTokenizer
+from tokenizers import decoders, models
 
 from loramux.engine.errors import InvalidRequest, LoramuxError
 from loramux.engine.grammar import (
@@ -217,6 +219,57 @@ def test_a_tokenizer_that_cuts_or_pads_makes_no_difference(folder: Path, tmp_pat
 
     assert (cut.vocab_size, cut.eos_token) == (VOCAB_SIZE + 1, VOCAB_SIZE)
     assert walk(GrammarSpec("regex", "(ab){40}"), cut, 0) == "ab" * 40
+
+
+def piece_vocabulary() -> dict[str, int]:
+    """Pieces as SentencePiece writes them, and a byte for everything else."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"abcd",
+        "ab",
+        "cd",
+        "\u2581cd",
+    ]
+    return {piece: index for index, piece in enumerate(pieces)}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE(
+            vocab=piece_vocabulary(), merges=[("a", "b"), ("c", "d")], byte_fallback=True, unk_token="<unk>"
+        ),
+        models.Unigram([(piece, -1.0) for piece in piece_vocabulary()], unk_id=0, byte_fallback=True),
+    ],
+)
+def test_tokenizers_of_pieces_work_like_those_of_bytes(tmp_path: Path, model: Any) -> None:
+    backend = tokenizers.Tokenizer(model)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(parts)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    matcher = start(GrammarSpec("regex", "ab cd é{2}"), tokenizer)
+    token_ids: list[int] = []
+
+    while not matcher.is_finished:
+        token_ids.append(allowed(mask(matcher, tokenizer, len(piece_vocabulary())))[-1])
+        matcher.accept(token_ids[-1])
+
+    assert backend.decode(token_ids) == "ab cd éé"
+    assert max(token_ids) > 258  # pieces, not only bytes
+
+
+def test_a_tokenizer_that_grammars_cannot_read_is_refused(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    backend.save(str(tmp_path / "tokenizer.json"))
+
+    with pytest.raises(InvalidRequest, match="cannot be used for grammars"):
+        load_tokenizer(tmp_path)
 
 
 class Waiting:
