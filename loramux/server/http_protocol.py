@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+import uuid
 from collections import Counter
 from functools import partial
 from typing import Any, Final, cast
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -32,6 +34,7 @@ _SLOWEST_BODY: Final = 16 << 10  # bytes a second, beyond the read timeout
 _SEND_BUFFER: Final = 64 << 10  # of the kernel, for each connection
 _SPARE_CONNECTIONS: Final = 64  # above the limit: for probes, and to say no
 _SPARE_FILES: Final = 256  # that the process opens beside its connections
+_PARTING_S: Final = 1.0
 _IDLE, _HEAD, _BODY = range(3)
 
 
@@ -61,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refusal: LoramuxError | None = None
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
+        self._parting: asyncio.TimerHandle | None = None  # set once the connection was refused
 
     # Connection
 
@@ -76,20 +80,21 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""
         self._stop_reading_timer()
-        if self._writing is not None:
-            self._writing.cancel()
+        for timer in (self._writing, self._parting):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     # Reading
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, and start the timer of whatever is not complete."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._parting is not None:
             return
         if self._phase != _BODY:
             self._head_bytes += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._parting is not None:
             return
         if self._phase == _HEAD:
             if self._head_bytes > self._bounds.max_header_bytes:  # not even complete yet
@@ -178,10 +183,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._reading = self.loop.call_later(left_s, self._on_slow_body)
             return
         message = f"the body took longer than {timeout_s:g} s (the server's --request-read-timeout)"
-        cycle = self.cycle
         self._refuse(RequestTooSlow(message), "read_timeout")
-        cycle.disconnected = True  # whoever waits for the rest hears of it
-        cycle.message_event.set()
 
     def _stop_reading_timer(self) -> None:
         if self._reading is not None:
@@ -193,19 +195,35 @@ class BoundedProtocol(HttpToolsProtocol):
         if reason is not None:
             self._cuts[reason] += 1
         self._stop_reading_timer()
-        is_answering = self.cycle is not None and (
-            self.cycle.response_started and not self.cycle.response_complete
-        )
+        is_answering = bool(self.pipeline)
+        if self.cycle is not None and not self.cycle.response_complete:
+            is_answering = is_answering or self.cycle.response_started
+            self.cycle.disconnected = True  # whoever works on it, or waits for the rest, hears of it
+            self.cycle.message_event.set()
         if not is_answering and not self.transport.is_closing():
-            answer = respond(error)
+            answer = _answer(error)
             lines = [b"%s: %s" % header for header in answer.raw_headers if header[0] != b"connection"]
             status = f"HTTP/1.1 {answer.status_code} {type(error).__name__}".encode()
             head = b"\r\n".join([status, *lines, b"connection: close", b"", b""])
             self.transport.write(head + bytes(answer.body))
-        self.transport.close()
+            self._part()
+        else:
+            self.transport.close()
+
+    def _part(self) -> None:
+        """Say that no more comes, and close a little later.
+
+        Closing while the client still sends would make the kernel take back the answer that it has not
+        read yet.
+        """
+        if not self.transport.can_write_eof():  # TLS
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self._parting = self.loop.call_later(_PARTING_S, self.transport.close)
 
     async def _say_full(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = respond(_too_many_connections(self._bounds))
+        answer = _answer(_too_many_connections(self._bounds))
         answer.headers["connection"] = "close"
         await answer(scope, receive, send)
 
@@ -252,6 +270,13 @@ def _bound_socket(connection: socket.socket | None, unread_s: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     if connection.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
+
+
+def _answer(error: LoramuxError) -> Response:
+    """An error, with an id as every answer has one."""
+    answer = respond(error)
+    answer.headers["x-request-id"] = uuid.uuid4().hex
+    return answer
 
 
 def _too_many_connections(bounds: ConnectionConfig) -> Overloaded:

@@ -63,6 +63,7 @@ def assert_error(answer: bytes, status: int, code: str) -> None:
     assert head.startswith(b"HTTP/1.1 %d " % status), answer
     assert b"content-type: application/json" in head.lower()
     assert b"connection: close" in head.lower()
+    assert b"x-request-id: " in head.lower()
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == code
@@ -292,3 +293,16 @@ def test_client_that_leaves_while_its_adapter_loads_is_forgotten(loading: tuple[
 
         response = http.post("/v1/completions", json={"prompt": "ok"})
         assert response.status_code == 200, response.text
+
+
+def test_garbage_behind_a_request_ends_it_without_harm(strict_server: RunningServer) -> None:
+    body = json.dumps({"prompt": "!slow", "max_tokens": 400, "ignore_eos": True}).encode()
+    with strict_server.client() as http, connect(strict_server) as connection:
+        connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: running(http) == 1)
+        connection.sendall(b"garbage\r\n\r\n")
+
+        assert_error(read_all(connection), 400, "malformed_http")
+        until(lambda: running(http) == 0)
+
+    assert "Traceback" not in strict_server.stderr
