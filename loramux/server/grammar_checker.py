@@ -130,30 +130,45 @@ class GrammarChecker:
         return task
 
     async def _try(self, spec: GrammarSpec) -> _Verdict:
+        began_s = time.monotonic()
         async with self._slots:
-            process = self._idle.pop() if self._idle else _Process()
-            began_s = time.monotonic()
-            verdict: _Verdict | None = None
             try:
-                await process.start(self._arguments)
-                began_s = time.monotonic()
-                verdict = await asyncio.wait_for(process.ask(spec), self._timeout_s)
-                self._idle.append(process)
+                verdict = await self._ask(spec)
             except _NoTokenizer as error:
                 return _Verdict(None, str(error))  # not remembered: the grammar is not at fault
             except TimeoutError:
                 limit = f"{self._timeout_s:g} s (the server's --grammar-compile-timeout)"
                 verdict = _Verdict(None, f"the grammar takes longer than {limit} to compile")
-            except (EOFError, OSError):
+            except _Ended:
                 verdict = _Verdict(None, "the grammar is too complex: it takes too much memory to compile")
-            finally:
-                if process not in self._idle:
-                    await process.end()
-            if verdict.spec is None:
-                seconds = time.monotonic() - began_s
-                logger.debug("a grammar was refused after %.3f s: %s", seconds, verdict.reason)
-            self._remember(spec, verdict)
-            return verdict
+        if verdict.spec is None:
+            seconds = time.monotonic() - began_s
+            logger.debug("a grammar was refused after %.3f s: %s", seconds, verdict.reason)
+        self._remember(spec, verdict)
+        return verdict
+
+    async def _ask(self, spec: GrammarSpec) -> _Verdict:
+        """A process's verdict.
+
+        Raises:
+            TimeoutError: it takes too long.
+            _Ended: the process died of it.
+            _NoTokenizer: no process can be had.
+        """
+        if self._idle:
+            with contextlib.suppress(_Ended):  # or of something else, while it had nothing to do
+                return await self._ask_process(self._idle.pop(), spec)
+        return await self._ask_process(_Process(), spec)
+
+    async def _ask_process(self, process: _Process, spec: GrammarSpec) -> _Verdict:
+        try:
+            await process.start(self._arguments)
+            verdict = await asyncio.wait_for(process.ask(spec), self._timeout_s)
+        except BaseException:
+            await process.end()
+            raise
+        self._idle.append(process)
+        return verdict
 
     def _remember(self, spec: GrammarSpec, verdict: _Verdict) -> None:
         self._remembered[spec] = verdict
@@ -165,6 +180,10 @@ class GrammarChecker:
 
 class _NoTokenizer(Exception):
     """The program cannot try any grammar of this model."""
+
+
+class _Ended(Exception):
+    """The process has ended."""
 
 
 class _Process:
@@ -196,14 +215,17 @@ class _Process:
         """What the program says about a grammar.
 
         Raises:
-            EOFError, OSError: it ended.
+            _Ended: it ended.
         """
         assert self._process is not None
         assert self._process.stdin is not None
         frame = msgspec.msgpack.encode(spec)
-        self._process.stdin.write(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
-        await self._process.stdin.drain()
-        return await self._read()
+        try:
+            self._process.stdin.write(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
+            await self._process.stdin.drain()
+            return await self._read()
+        except (EOFError, ConnectionError) as error:
+            raise _Ended from error
 
     async def end(self) -> None:
         """Kill it."""
