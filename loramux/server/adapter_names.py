@@ -19,6 +19,8 @@ def name_problem(name: str, base_names: Sequence[str]) -> str | None:
         return "must not hold control characters"
     if ".." in name.split("/"):
         return "must not have '..' as a part"
+    if name.endswith("/"):
+        return "must not end with '/': paths of requests mean the same with and without it"
     if name in base_names:
         return "conflicts with a served base model"
     return None

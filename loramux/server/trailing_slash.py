@@ -14,5 +14,7 @@ class TrailingSlashLayer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http" and scope["path"].endswith("/"):
-            scope["path"] = scope["path"].rstrip("/") or "/"
+            given: bytes = scope.get("raw_path") or b"/"
+            if given.endswith(b"/"):  # an encoded one is part of a name, which nobody has
+                scope["path"] = scope["path"].rstrip("/") or "/"
         await self._app(scope, receive, send)

@@ -480,3 +480,18 @@ def test_the_variable_of_vllm_allows_changes_too(text_model: Path, folder: Path)
         server.client() as client,
     ):
         assert client.put("/v1/lora_adapters/a", json={"source": str(folder)}).status_code == 201
+
+
+@pytest.mark.parametrize("name", ["/", "a/", "a//"])
+def test_no_name_ends_with_a_slash_and_an_encoded_slash_is_no_path(
+    http: httpx.Client, folder: Path, name: str
+) -> None:
+    http.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": str(folder)}).raise_for_status()
+
+    loaded = http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+    deleted = http.delete(f"/v1/lora_adapters/{quote(name, safe='')}")
+    seen = http.get(f"/v1/models/{quote(name, safe='')}")
+
+    assert (loaded.status_code, loaded.json()["error"]["code"]) == (400, "invalid_adapter_name")
+    assert (deleted.status_code, seen.status_code) == (404, 404)
+    assert http.get("/v1/models/a").status_code == 200

@@ -127,6 +127,7 @@ def test_wrong_flags_are_refused_by_name(argv: list[str], fragments: list[str]) 
         (["m=a"], "served base model"),
         (["a/../b=p"], "'..'"),
         (["a\nb=p"], "control characters"),
+        (["a/=p"], "end with '/'"),
         ([f"{'x' * 257}=p"], "256"),
     ],
 )
