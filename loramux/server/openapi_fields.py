@@ -64,12 +64,21 @@ def describe_uploads(document: dict[str, Any]) -> None:
     document["components"]["schemas"]["PutAdapter"] = schema
     operation["requestBody"] = {
         "required": True,
-        "description": f"where the adapter is; or its weights as {UPLOAD_TYPE}, with its"
-        f" adapter_config.json in the header {CONFIG_HEADER}",
+        "description": "Where the adapter is; or its weights, with what else there is to say in the query.",
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/PutAdapter"}},
+            UPLOAD_TYPE: {"schema": {"type": "string", "format": "binary"}},
         },
     }
+    operation["parameters"].append(
+        {
+            "in": "header",
+            "name": CONFIG_HEADER,
+            "description": "For an upload: its adapter_config.json, as JSON or in base64.",
+            "required": False,
+            "schema": {"type": "string"},
+        }
+    )
 
 
 def _rules(limits: Limits, vocab_size: int) -> Mapping[str, Mapping[str, Any]]:

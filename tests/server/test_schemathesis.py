@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def run_schemathesis(server: RunningServer, adapter: Path, folder: Path, phases:
         text=True,
         timeout=3600,
     )
+    print(done.stdout[-1500:])  # how much was tried
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
@@ -76,4 +78,8 @@ def test_every_operation_does_what_its_description_says(
         pytest.fail(report, pytrace=False)
     with open_server.client() as http:
         assert http.get("/health").status_code == 200
+        metrics = http.get("/metrics").text
     assert "Traceback" not in open_server.stderr
+    if phases == "stateful":
+        (added,) = re.findall(r'adapter_loads_total\{source="file",result="added"\} ([0-9.]+)', metrics)
+        assert float(added) > 3, "hardly anything was loaded"
