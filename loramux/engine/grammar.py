@@ -213,7 +213,7 @@ class GrammarMasks:
             filled.forbidden[index] = False
             reason = row.matcher.error
             if reason or not may_end[index]:
-                filled.failed[index] = reason or "no token can follow"
+                filled.failed[index] = f"the grammar cannot be followed further: {reason or 'no token fits'}"
             else:
                 filled.ended.append(index)
         return filled
