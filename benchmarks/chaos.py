@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -131,9 +132,13 @@ class Chaos:
 
 
 def engine_pid(server_pid: int) -> int | None:
-    """The engine: the server's only child."""
-    text = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
-    return int(text[0]) if text else None
+    """The engine: the child that was told where the socket is."""
+    children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
+    for pid in children:
+        with contextlib.suppress(OSError):
+            if b"ipc://" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+    return None
 
 
 async def take_references(client: ChaosClient, folders: list[Path]) -> dict[tuple[str, int], str]:

@@ -101,10 +101,11 @@ class RunningServer:
         return connection
 
     def engine_pid(self) -> int:
-        """The process id of the engine: the server's only child."""
+        """The process id of the engine; the server's other children try grammars and templates."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        assert len(children) == 1, children
-        return int(children[0])
+        engines = [pid for pid in children if b"ipc://" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(engines) == 1, engines
+        return int(engines[0])
 
     def _read(self) -> None:
         assert self.process.stderr is not None
