@@ -82,6 +82,8 @@ class ChatAnswer:
             plan.parser((call.prompt_of(index).text or "")[-PROMPT_END:])
             for index in range(len(call.requests))
         ]
+        self._joined = [Delta(index) for index in range(len(self._parsers))]  # of a whole answer
+        self._parts: list[list[MessagePart]] = [[] for _ in self._parsers]
         self._introduced: set[int] = set()  # choices whose role was sent
         self._id = answer_id
         self._model = model
@@ -94,21 +96,23 @@ class ChatAnswer:
             system_fingerprint=fingerprint(call.adapter),
         )
 
-    async def whole(self, deltas: AsyncGenerator[Delta, None]) -> bytes:
-        """The JSON text of all choices; closes `deltas`."""
-        joined = [Delta(index) for index in range(len(self._parsers))]
-        parts: list[list[MessagePart]] = [[] for _ in self._parsers]
-        async with aclosing(deltas) as source:
-            async for delta in source:
-                self._usage.add(delta)
-                parts[delta.index] += self._parsers[delta.index].add(delta)
-                joined[delta.index].join(delta)
-        prompt_positions = joined[0].prompt_logprobs
+    def add(self, delta: Delta) -> None:
+        """Take in one more delta of an answer that is sent whole."""
+        self._usage.add(delta)
+        self._parts[delta.index] += self._parsers[delta.index].add(delta)
+        self._joined[delta.index].join(delta)
+
+    def whole(self) -> bytes:
+        """The JSON text of all choices, once they have ended."""
+        prompt_positions = self._joined[0].prompt_logprobs
         answer = ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=[self._choice(*each) for each in zip(joined, map(join_parts, parts), strict=True)],
+            choices=[
+                self._choice(delta, join_parts(parts))
+                for delta, parts in zip(self._joined, self._parts, strict=True)
+            ],
             usage=self._total(),
             system_fingerprint=fingerprint(self._call.adapter),
             prompt_logprobs=(

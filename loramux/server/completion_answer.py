@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -57,6 +57,7 @@ class CompletionAnswer:
         self._with_metrics = with_metrics
         self._offsets: dict[int, int] = {}  # choice -> characters that its tokens so far begin
         self._usage = UsageCounter(call)
+        self._joined = [Delta(index) for index in range(len(call.requests))]  # of a whole answer
         self._frame = Completion(
             id=answer_id,
             created=int(time.time()),
@@ -65,13 +66,15 @@ class CompletionAnswer:
             system_fingerprint=fingerprint(call.adapter),
         )
 
-    def whole(self, deltas: Sequence[Delta]) -> bytes:
-        """The JSON text of all choices."""
-        choices: list[CompletionChoice] = []
-        for delta in deltas:
-            shown = self._cut(delta)
-            self._usage.add(shown)
-            choices.append(self._choice(shown))
+    def add(self, delta: Delta) -> None:
+        """Take in one more delta of an answer that is sent whole."""
+        shown = self._cut(delta)
+        self._usage.add(shown)
+        self._joined[delta.index].join(shown)
+
+    def whole(self) -> bytes:
+        """The JSON text of all choices, once they have ended."""
+        choices = [self._choice(delta) for delta in self._joined]
         usage, metrics = self._usage.total(), self._metrics()
         answer = msgspec.structs.replace(self._frame, choices=choices, usage=usage, metrics=metrics)
         return msgspec.json.encode(answer)

@@ -9,11 +9,10 @@ from typing import Any
 
 import msgspec
 
-from loramux.engine.errors import LoramuxError
 from loramux.server import sse
 from loramux.server.adapters import fingerprint
 from loramux.server.choice import Delta
-from loramux.server.errors import lookup
+from loramux.server.errors import describe
 from loramux.server.generation import Call
 from loramux.server.logprobs import chat_logprobs
 from loramux.server.message_parser import MessageParser, TextPart
@@ -41,6 +40,7 @@ class ResponsesAnswer:
         model: the name to show.
         answer_id: "resp_...".
         tokenizer: for log-probabilities.
+        tokens_as_ids: these name tokens as `token_id:N`.
     """
 
     def __init__(
@@ -52,10 +52,12 @@ class ResponsesAnswer:
         model: str,
         answer_id: str,
         tokenizer: Tokenizer,
+        tokens_as_ids: bool = False,
     ) -> None:
         self._wants_logprobs = wants_logprobs(body)
         self._parser = parser
         self._tokenizer = tokenizer
+        self._tokens_as_ids = tokens_as_ids
         self._usage = UsageCounter(call)
         self._items = ResponseItems()
         self._unsaid: list[TokenLogprob] = []  # of tokens whose text is still held back
@@ -83,14 +85,15 @@ class ResponsesAnswer:
             system_fingerprint=fingerprint(call.adapter),
         )
 
-    async def whole(self, deltas: AsyncGenerator[Delta, None]) -> bytes:
-        """The JSON text of the response, once all of it is there."""
-        async with aclosing(deltas) as source:
-            async for delta in source:
-                self._add(delta)
-                if delta.finish_reason is not None:
-                    final = self._ended(delta)
-        return msgspec.json.encode(final)
+    def add(self, delta: Delta) -> None:
+        """Take in one more delta of a response that is sent whole."""
+        self._events_of(delta)
+        if delta.finish_reason is not None:
+            self._response = self._ended(delta)
+
+    def whole(self) -> bytes:
+        """The JSON text of the response, once it has ended."""
+        return msgspec.json.encode(self._response)
 
     async def events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         """The response as it is written, ended by `response.completed` or `response.incomplete`.
@@ -101,21 +104,23 @@ class ResponsesAnswer:
             try:
                 async for delta in source:
                     opening = b"" if self._sent else self._open()
-                    written = [self._encode(event) for event in self._add(delta)]
+                    written = [self._encode(event) for event in self._events_of(delta)]
                     if delta.finish_reason is not None:
                         final = self._ended(delta)
                         written.append(self._encode({"type": f"response.{final.status}", "response": final}))
                     if opening or written:
                         yield b"".join((opening, *written))
-            except LoramuxError as error:
+            except Exception as error:
                 if self._sent:
                     yield self._failed(error)
                 raise
 
-    def _add(self, delta: Delta) -> list[Event]:
+    def _events_of(self, delta: Delta) -> list[Event]:
         self._usage.add(delta)
         if self._wants_logprobs:
-            self._unsaid += chat_logprobs(delta.logprobs, self._tokenizer).content
+            self._unsaid += chat_logprobs(
+                delta.logprobs, self._tokenizer, tokens_as_ids=self._tokens_as_ids
+            ).content
         events: list[Event] = []
         for part in self._parser.add(delta):
             logprobs, self._unsaid = self._unsaid, []
@@ -148,8 +153,9 @@ class ResponsesAnswer:
         kinds = ("response.created", "response.in_progress")
         return b"".join(self._encode({"type": kind, "response": self._response}) for kind in kinds)
 
-    def _failed(self, error: LoramuxError) -> bytes:
-        described = {"code": lookup(error).code, "message": error.message}
+    def _failed(self, error: Exception) -> bytes:
+        described = msgspec.json.decode(describe(error)[1])["error"]
+        described = {"code": described["code"], "message": described["message"]}
         failed = msgspec.structs.replace(self._response, status="failed", error=described)
         return self._encode({"type": "response.failed", "response": failed})
 

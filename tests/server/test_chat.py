@@ -156,7 +156,11 @@ def test_adapter_answers_a_chat(http: httpx.Client) -> None:
             ["text", "image_url"],
         ),
         ({"top_logprobs": 2}, "top_logprobs", ["logprobs"]),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs", ["20", "21"]),
+        (
+            {"logprobs": True, "top_logprobs": 21},
+            "top_logprobs",
+            ["20", "21", "top_logprobs", "--max-logprobs"],
+        ),
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", ["-1"]),
         ({"logprobs": 1}, "logprobs", ["boolean", "1"]),
         ({"stream_options": {"include_usage": True}}, "stream_options", ["stream"]),
@@ -164,6 +168,9 @@ def test_adapter_answers_a_chat(http: httpx.Client) -> None:
         ({"tools": [{"type": "function"}]}, "tools[0].function", ["required"]),
         ({"response_format": {"type": "xml"}}, "response_format", ["json_object", "xml"]),
         ({"max_tokens": 0}, "max_tokens", ["at least 1", "0"]),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", ["max_completion_tokens must", "0"]),
+        ({"max_completion_tokens": 10**9}, "max_completion_tokens", ["reduce max_completion_tokens"]),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role", ["must have at least 1"]),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", ["both"]),
     ],
 )

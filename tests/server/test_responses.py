@@ -214,6 +214,27 @@ def test_a_stream_that_breaks_says_so_twice(server: RunningServer, raw: httpx.Cl
     assert data[-2]["response"]["error"]["code"] == data[-1]["error"]["code"] == "engine_unavailable"
 
 
+def test_a_stream_never_says_why_the_server_failed(raw: httpx.Client) -> None:
+    got = raw.post("/v1/responses", json={"input": "!weird!weird!weird", "stream": True})
+
+    *_, failed, last = (json.loads(line[6:]) for line in got.text.split("\n") if line.startswith("data: "))
+    assert failed["type"] == "response.failed"
+    assert failed["response"]["error"]["code"] == last["error"]["code"] == "internal_error"
+    assert failed["response"]["error"]["message"] == "The server had an internal error."
+
+
+def test_operator_decides_about_events_and_tokens(text_model: Path) -> None:
+    flags = ("--stream-interval=4", "--return-tokens-as-token-ids")
+    with running_server(str(text_model), *flags, command=COMMAND) as server, server.client() as raw:
+        body = {"input": saying("12345678"), "top_logprobs": 1, "stream": True}
+        text = raw.post("/v1/responses", json=body).text
+
+    data = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")]
+    deltas = [event for event in data if event["type"] == "response.output_text.delta"]
+    assert [event["delta"] for event in deltas] == ["1", "2345", "678"]
+    assert deltas[0]["logprobs"][0]["token"] == "token_id:49"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -227,7 +248,13 @@ def test_a_stream_that_breaks_says_so_twice(server: RunningServer, raw: httpx.Cl
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"type": "function_call", "call_id": "c"}]}, "input[0].name"),
-        ({"input": []}, "messages"),
+        ({"input": []}, "input"),
+        ({"max_output_tokens": 10**9}, "max_output_tokens"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"truncation": "middle"}, "truncation"),
     ],
 )
@@ -237,4 +264,6 @@ def test_what_cannot_be_served_is_refused_by_name(
     got = raw.post("/v1/responses", json={"model": "tiny", "input": "hi", **body})
 
     assert got.status_code == 400, got.text
-    assert got.json()["error"]["param"] == param
+    error = got.json()["error"]
+    assert error["param"] == param
+    assert param in error["message"]

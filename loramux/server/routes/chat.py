@@ -6,21 +6,17 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
-from loramux.server.access.caller import caller_of
 from loramux.server.access.scopes import needs
-from loramux.server.adapters import answer_headers
 from loramux.server.chat_answer import ChatAnswer
-from loramux.server.delta_stream import echoing, spaced
-from loramux.server.disconnect import until_disconnect
+from loramux.server.delta_stream import echoing
 from loramux.server.message_parser import PROMPT_END
 from loramux.server.prompts import Prompt
 from loramux.server.routes.answer_id import answer_id
+from loramux.server.routes.answering import answer_call, in_words_of, plan_call
 from loramux.server.routes.body import GenerationRoute
-from loramux.server.routes.priority import priority_of
 from loramux.server.sampling_params import SamplingParams
 from loramux.server.schemas.chat import ChatRequest
 from loramux.server.services import Services, ServicesDep
-from loramux.server.sse import EventStream
 from loramux.server.structured import requested_grammar
 from loramux.server.tool_use import ToolUse
 
@@ -32,15 +28,10 @@ router = APIRouter(route_class=GenerationRoute)
 async def create_chat_completion(request: Request, body: ChatRequest, services: ServicesDep) -> Response:
     """Answer a conversation."""
     adapter = await services.adapter_of(body.model, request)
-    prompt, params, use = await prepare_chat(body, services)
-    call = services.generator.plan(
-        [prompt],
-        params,
-        adapter,
-        scope=request.scope,
-        cache_salt=caller_of(request.scope).salted(body.cache_salt),
-        priority=priority_of(request, body),
-    )
+    with in_words_of(_names_in(body)):
+        prompt, params, use = await prepare_chat(body, services)
+        call = plan_call(request, body, [prompt], params, adapter, services)
+    server = services.config.server
     answer = ChatAnswer(
         body,
         call,
@@ -48,20 +39,19 @@ async def create_chat_completion(request: Request, body: ChatRequest, services: 
         model=services.shown_model(body.model),
         answer_id=answer_id("chatcmpl", request, body.request_id),
         tokenizer=services.tokenizer,
-        role=services.config.server.response_role,
-        with_metrics=services.config.server.api.request_metrics,
+        role=server.response_role,
+        with_metrics=server.api.request_metrics,
     )
-    headers = answer_headers(adapter)
     deltas = services.generator.stream(call)
     if body.echo:
-        deltas = echoing(deltas, body.echoed_text(services.config.server.response_role))
-    if body.stream:
-        if body.stream_interval is not None and body.stream_interval > 1:
-            deltas = spaced(deltas, body.stream_interval)
-        events = answer.events(deltas)
-        return EventStream(events, headers=headers, keep_alive_s=services.config.server.sse_keep_alive_s)
-    text = await until_disconnect(answer.whole(deltas), request.receive)
-    return Response(text, headers=headers, media_type="application/json")
+        deltas = echoing(deltas, body.echoed_text(server.response_role))
+    return await answer_call(request, body, call, deltas, answer, services)
+
+
+def _names_in(body: ChatRequest) -> dict[str, str]:
+    """What this request calls the fields that have one name in all requests."""
+    names = {"logprobs": "top_logprobs"}
+    return names if body.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
 
 
 async def prepare_chat(body: ChatRequest, services: Services) -> tuple[Prompt, SamplingParams, ToolUse]:

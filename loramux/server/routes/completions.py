@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
-from loramux.server.access.caller import caller_of
 from loramux.server.access.scopes import needs
-from loramux.server.adapters import answer_headers
 from loramux.server.completion_answer import CompletionAnswer
-from loramux.server.delta_stream import spaced
-from loramux.server.disconnect import until_disconnect
 from loramux.server.prompts import Prompt
 from loramux.server.routes.answer_id import answer_id
+from loramux.server.routes.answering import answer_call, plan_call
 from loramux.server.routes.body import GenerationRoute
-from loramux.server.routes.priority import priority_of
 from loramux.server.sampling_params import SamplingParams
 from loramux.server.schemas.completions import CompletionRequest
 from loramux.server.services import Services, ServicesDep
-from loramux.server.sse import EventStream
 
 router = APIRouter(route_class=GenerationRoute)
 
@@ -31,14 +25,7 @@ async def create_completion(request: Request, body: CompletionRequest, services:
     """Continue one or several prompts."""
     adapter = await services.adapter_of(body.model, request)
     prompts, params = await prepare_completion(body, services)
-    call = services.generator.plan(
-        prompts,
-        params,
-        adapter,
-        scope=request.scope,
-        cache_salt=caller_of(request.scope).salted(body.cache_salt),
-        priority=priority_of(request, body),
-    )
+    call = plan_call(request, body, prompts, params, adapter, services)
     answer = CompletionAnswer(
         body,
         call,
@@ -47,16 +34,8 @@ async def create_completion(request: Request, body: CompletionRequest, services:
         tokenizer=services.tokenizer,
         with_metrics=services.config.server.api.request_metrics,
     )
-    headers = answer_headers(adapter)
-    if body.stream:
-        deltas = services.generator.stream(call)
-        if body.stream_interval is not None and body.stream_interval > 1:
-            deltas = spaced(deltas, body.stream_interval)
-        events = answer.events(deltas)
-        return EventStream(events, headers=headers, keep_alive_s=services.config.server.sse_keep_alive_s)
-    choices = await until_disconnect(services.generator.collect(call), request.receive)
-    text = await asyncio.to_thread(answer.whole, choices) if call.is_large else answer.whole(choices)
-    return Response(text, headers=headers, media_type="application/json")
+    deltas = services.generator.stream(call)
+    return await answer_call(request, body, call, deltas, answer, services)
 
 
 async def prepare_completion(

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fastapi import APIRouter, Request, Response
 
-from loramux.server.access.caller import caller_of
 from loramux.server.access.scopes import needs
-from loramux.server.adapters import answer_headers
-from loramux.server.disconnect import until_disconnect
 from loramux.server.message_parser import PROMPT_END
 from loramux.server.responses_answer import ResponsesAnswer
 from loramux.server.responses_input import to_chat
 from loramux.server.routes.answer_id import answer_id
+from loramux.server.routes.answering import answer_call, in_words_of, plan_call
 from loramux.server.routes.body import GenerationRoute
 from loramux.server.routes.chat import prepare_chat
-from loramux.server.routes.priority import priority_of
 from loramux.server.schemas.responses import ResponsesRequest
 from loramux.server.services import ServicesDep
-from loramux.server.sse import EventStream
 
 router = APIRouter(route_class=GenerationRoute)
+
+_NAMES: Final = {  # of a chat's fields here
+    "messages": "input",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+    ".function": "",  # of tools
+}
 
 
 @router.post("/v1/responses")
@@ -27,16 +34,10 @@ router = APIRouter(route_class=GenerationRoute)
 async def create_response(request: Request, body: ResponsesRequest, services: ServicesDep) -> Response:
     """Answer a conversation."""
     adapter = await services.adapter_of(body.model, request)
-    chat = to_chat(body)
-    prompt, params, use = await prepare_chat(chat, services)
-    call = services.generator.plan(
-        [prompt],
-        params,
-        adapter,
-        scope=request.scope,
-        cache_salt=caller_of(request.scope).salted(chat.cache_salt),
-        priority=priority_of(request, chat),
-    )
+    with in_words_of(_NAMES):
+        chat = to_chat(body)
+        prompt, params, use = await prepare_chat(chat, services)
+        call = plan_call(request, chat, [prompt], params, adapter, services)
     answer = ResponsesAnswer(
         body,
         call,
@@ -44,11 +45,7 @@ async def create_response(request: Request, body: ResponsesRequest, services: Se
         model=services.shown_model(body.model),
         answer_id=answer_id("resp", request, body.request_id).replace("-", "_", 1),
         tokenizer=services.tokenizer,
+        tokens_as_ids=bool(chat.return_tokens_as_token_ids),
     )
-    headers = answer_headers(adapter)
     deltas = services.generator.stream(call)
-    if body.stream:
-        events = answer.events(deltas)
-        return EventStream(events, headers=headers, keep_alive_s=services.config.server.sse_keep_alive_s)
-    text = await until_disconnect(answer.whole(deltas), request.receive)
-    return Response(text, headers=headers, media_type="application/json")
+    return await answer_call(request, chat, call, deltas, answer, services)
