@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+import msgspec
+
 from loramux.server.choice import Delta
 from loramux.server.reasoning import ReasoningFormat, ReasoningSplitter
 from loramux.server.tool_history import SHORT_ID_CHARS
@@ -87,8 +89,15 @@ class MessageParser:
         self._tools = tools
         self._blank: list[str] = []  # white space that is dropped if a call is beside it
         self._text_since_call = False
+        self._last_arguments: list[str] = []  # of the call that began last
+        self._is_cut = False  # a stop string of the client's broke a call off
+        self._num_in_block = 0  # tokens; none, as long as it is open whether a block begins
         self.num_calls = 0
-        self.num_reasoning_tokens = 0
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of the reasoning so far, its marks among them."""
+        return self._num_in_block if self._splitter is not None and self._splitter.has_block else 0
 
     def add(self, delta: Delta) -> list[MessagePart]:
         """What a delta adds; the last one, which has a finish reason, settles everything."""
@@ -98,11 +107,10 @@ class MessageParser:
         parts: list[MessagePart] = []
         text = delta.text
         if self._splitter is not None:
-            if not self._splitter.is_over:
-                text = self._split(self._splitter, text, parts, is_last=is_last)
-                self.num_reasoning_tokens += self._num_before_end(self._splitter, delta.token_ids)
-            else:
-                text = self._split(self._splitter, text, parts, is_last=is_last)
+            was_over = self._splitter.is_over
+            text = self._split(self._splitter, text, parts, is_last=is_last)
+            if not was_over:
+                self._num_in_block += self._num_before_end(self._splitter, delta.token_ids)
         if self._tools is None:
             return [*parts, TextPart(text)] if text else parts
         events = self._tools.feed(text) if text else []
@@ -112,11 +120,13 @@ class MessageParser:
             self._add_event(event, parts)
         if is_last and self._blank and not self.num_calls:
             parts.append(TextPart("".join(self._blank)))
+        if delta.stop_reason is not None and self.num_calls:
+            self._is_cut = not _is_json("".join(self._last_arguments))
         return parts
 
     def finish_reason(self, reason: str | None) -> str | None:
         """The finish reason that a client sees for the engine's."""
-        if reason == "stop" and self.num_calls and self._plan.calls_end_turn:
+        if reason == "stop" and self.num_calls and self._plan.calls_end_turn and not self._is_cut:
             return "tool_calls"
         return reason
 
@@ -147,9 +157,11 @@ class MessageParser:
                 self.num_calls += 1
                 self._blank.clear()
                 self._text_since_call = False
+                self._last_arguments.clear()
                 if self._is_kept():
                     parts.append(CallPart(self.num_calls - 1, self._new_id(), name))
             case CallArguments(text):
+                self._last_arguments.append(text)
                 if self._is_kept():
                     parts.append(ArgumentsPart(self.num_calls - 1, text))
 
@@ -169,6 +181,14 @@ class MessageParser:
             self._blank.clear()
             self._text_since_call = True
         parts.append(TextPart(text))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except msgspec.DecodeError:
+        return False
+    return True
 
 
 @dataclass(slots=True)

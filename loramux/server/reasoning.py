@@ -84,6 +84,11 @@ class ReasoningSplitter:
         self._breaks: list[str] = []  # line breaks that may stand before the closing mark
         self._skips_breaks = False  # those after a mark
 
+    @property
+    def has_block(self) -> bool:
+        """Whether there is reasoning, as far as the text has been read."""
+        return self._is_inside
+
     def feed(self, text: str) -> Split:
         """The parts that the next piece settles."""
         if not self._is_started:

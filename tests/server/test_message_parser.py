@@ -71,6 +71,16 @@ def test_tokens_after_the_closing_mark_are_no_reasoning() -> None:
     assert parser.num_reasoning_tokens == 4
 
 
+@pytest.mark.parametrize("pieces", [["Yes."], ["<thi", "rd>"], ["<thi"], ["\n", "Yes."]])
+def test_an_answer_without_reasoning_has_no_tokens_of_it(pieces: list[str]) -> None:
+    parser = PLAN.parser("")
+    for piece in pieces:
+        parser.add(Delta(0, text=piece, token_ids=[1, 2]))
+    parser.add(Delta(0, finish_reason="stop"))
+
+    assert parser.num_reasoning_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("text", "reason", "shown"),
     [(CALL, "stop", "tool_calls"), (CALL, "length", "length"), ("Hello", "stop", "stop"), (CALL, None, None)],
@@ -82,3 +92,12 @@ def test_calls_change_the_finish_reason_of_a_finished_answer(
     parser.add(delta(text, finish_reason="stop"))
 
     assert parser.finish_reason(reason) == shown
+
+
+@pytest.mark.parametrize(("cut", "shown"), [(CALL.index("1}"), "stop"), (len(CALL), "tool_calls")])
+def test_call_that_a_stop_string_cuts_is_no_reason_to_call(cut: int, shown: str) -> None:
+    parser = PLAN.parser("")
+    parser.add(Delta(0, text=CALL[:cut], finish_reason="stop", stop_reason="1"))
+
+    assert parser.num_calls == 1
+    assert parser.finish_reason("stop") == shown
