@@ -36,7 +36,7 @@ BAD_REQUESTS: Final = [
     BadRequest("empty ids in a list", {"prompt": [[1], []]}, "prompt", ["non-empty"]),
     BadRequest("mixed prompt", {"prompt": [1, "a"]}, "prompt", ["list"]),
     BadRequest("prompt of a wrong type", {"prompt": {"a": 1}}, "prompt", ["object"]),
-    BadRequest("boolean ids", {"prompt": [True, False]}, "prompt", ["valid"]),
+    BadRequest("boolean ids", {"prompt": [True, False]}, "prompt", ["token ids"]),
     BadRequest("id out of vocabulary", {"prompt": [99999999]}, "prompt", ["99999999", "vocabulary"]),
     BadRequest("negative id", {"prompt": [-1]}, "prompt", ["-1", "vocabulary"]),
     BadRequest("huge id", {"prompt": [HUGE]}, "prompt", ["vocabulary"]),

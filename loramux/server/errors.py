@@ -288,9 +288,8 @@ def _rule(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return "is required"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if message.startswith("Input should "):
-        return f"must {message.removeprefix('Input should ')}"
-    return f": {message}"
+    _, _, demand = message.partition(" should ")  # "Input should be ...", "List should have ..."
+    return f"must {demand}" if demand else message
 
 
 def _field_name(location: Sequence[int | str]) -> str:

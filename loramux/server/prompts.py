@@ -357,10 +357,11 @@ def _text_content(number: int, content: str | list[dict[str, Any]] | None) -> st
     for position, part in enumerate(content):
         field = f"messages[{number}].content[{position}]"
         kind = part.get("type")
-        if kind not in ("text", "input_text", "output_text"):
+        if kind not in ("text", "input_text", "output_text", "refusal"):
             message = f"{field}.type: only text parts are supported, got {str(kind)[:50]!r}"
             raise UnsupportedContent(message, param=field)
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{field}.text must be a string", param=field)
-        parts.append({"type": "text", "text": part["text"]})
+        name = "refusal" if kind == "refusal" else "text"
+        if not isinstance(part.get(name), str):
+            raise InvalidRequest(f"{field}.{name} must be a string", param=field)
+        parts.append({"type": "text", "text": part[name]})
     return parts

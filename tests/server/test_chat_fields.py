@@ -139,6 +139,16 @@ def test_echo_of_another_role_is_nothing(http: httpx.Client) -> None:
     assert content(chat(http, echo=True)) == "user: hi"
 
 
+def test_text_that_the_model_refused_with_is_text(http: httpx.Client) -> None:
+    messages = [{"role": "assistant", "content": [{"type": "refusal", "refusal": "I will not."}]}]
+
+    assert chat(http, messages=messages)["prompt_text"] == "<|start|>assistant: I will not.<|end|><|start|>"
+
+
+def test_no_alternatives_may_be_asked_for_without_logprobs(http: httpx.Client) -> None:
+    assert chat(http, top_logprobs=0)["choices"][0]["logprobs"] is None
+
+
 @pytest.mark.parametrize(
     "part",
     [

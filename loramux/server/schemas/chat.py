@@ -77,7 +77,7 @@ class ChatRequest(GenerationRequest):
             names = ", ".join(REASONING_EFFORTS)
             message = f"reasoning_effort must be one of {names}, got {self.reasoning_effort[:50]!r}"
             raise InvalidRequest(message, param="reasoning_effort")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.top_logprobs is not None and self.top_logprobs < 0:
             message = f"top_logprobs must be at least 0, got {self.top_logprobs}"
