@@ -114,7 +114,7 @@ class Generator:
             RateLimited: the caller, or the adapter, has too much queued and running.
             Overloaded: the server has.
         """
-        check_limits(params, self._limits)
+        self._check_counts(prompts, params)
         ticket = self._admit(prompts, params, adapter, scope)
         stem = uuid.uuid4().hex
         requests: list[Request] = []
@@ -133,13 +133,22 @@ class Generator:
                 )
         return Call(prompts=prompts, params=params, adapter=adapter, requests=requests, ticket=ticket)
 
+    def check(self, prompts: list[Prompt], params: SamplingParams) -> None:
+        """Refuse what `plan` would refuse, before an adapter is loaded for it.
+
+        Raises:
+            InvalidRequest: a field is out of range, or a prompt does not fit.
+        """
+        self._check_counts(prompts, params)
+        self._token_sampling(max(prompts, key=lambda prompt: len(prompt.token_ids)), params)
+
     def sampling_of(self, prompt: Prompt, params: SamplingParams) -> TokenSampling:
         """How a prompt would be sampled, if it were asked for.
 
         Raises:
             InvalidRequest: a field is out of range, or the prompt does not fit.
         """
-        check_limits(params, self._limits)
+        self._check_counts([prompt], params)
         return self._token_sampling(prompt, params)
 
     def _token_sampling(self, prompt: Prompt, params: SamplingParams) -> TokenSampling:
@@ -155,6 +164,18 @@ class Generator:
         self, prompts: list[Prompt], params: SamplingParams, adapter: AdapterRef | None, scope: Scope
     ) -> Ticket:
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        ticket = self.admission.admit(
+            caller_of(scope),
+            adapter.name if adapter else None,
+            sequences=len(prompts) * params.n,
+            tokens=tokens * params.n,
+        )
+        at_end(scope, ticket.release)
+        return ticket
+
+    def _check_counts(self, prompts: list[Prompt], params: SamplingParams) -> None:
+        check_limits(params, self._limits)
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
         sequences = len(prompts) * params.n
         check_count("prompt", tokens, self._limits.prompt_tokens, "--max-prompt-tokens", " tokens")
         check_count("n", sequences, self._limits.sequences, "--max-sequences", " sequences (prompts x n)")
@@ -162,11 +183,6 @@ class Generator:
             values = tokens * params.n * (params.prompt_logprobs + 1)
             flag, limit = "--max-prompt-logprob-values", self._limits.prompt_logprob_values
             check_count("prompt_logprobs", values, limit, flag, " values in an answer")
-        ticket = self.admission.admit(
-            caller_of(scope), adapter.name if adapter else None, sequences=sequences, tokens=tokens * params.n
-        )
-        at_end(scope, ticket.release)
-        return ticket
 
     def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
         """The deltas of all choices, interleaved as the engine makes them.
@@ -193,9 +209,11 @@ class Generator:
         if record.keeps_prompts:
             record.prompts += [self._text_of(prompt) for prompt in call.prompts]
         self.num_calls += 1
+        wait_s = self.admission.config.max_queue_wait_s or _FOR_EVER_S
         try:
-            async with self._engine.open(call.requests) as sequences:
-                patience = self._patience(sequences)
+            deadline_s = asyncio.get_running_loop().time() + wait_s
+            async with self._engine.open(call.requests, max_wait_s=wait_s) as sequences:
+                patience = self._patience(sequences, deadline_s)
                 try:
                     async for output in sequences:
                         if queued and (num_tokens := queued.pop(output.request_id, None)) is not None:
@@ -224,21 +242,13 @@ class Generator:
         """For the log, if the operator wants prompts there."""
         return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
-    def _patience(self, sequences: SequenceStream) -> asyncio.TimerHandle:
+    def _patience(self, sequences: SequenceStream, deadline_s: float) -> asyncio.TimerHandle:
         """Fails sequences of which none has begun in time; cancelled by the first token of any."""
 
         def give_up() -> None:
             sequences.fail(self.admission.waited_too_long())
 
-        wait_s = self.admission.config.max_queue_wait_s or _FOR_EVER_S
-        return asyncio.get_running_loop().call_later(wait_s, give_up)
-
-    async def collect(self, call: Call) -> list[Delta]:
-        """Every choice whole, by index."""
-        choices = [Delta(index) for index in range(len(call.requests))]
-        async for delta in self.stream(call):
-            choices[delta.index].join(delta)
-        return choices
+        return asyncio.get_running_loop().call_at(deadline_s, give_up)
 
 
 def _of_choice(sampling: TokenSampling, choice: int) -> TokenSampling:

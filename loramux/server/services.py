@@ -54,6 +54,21 @@ class Services:
         """The names."""
         return self.manager.table
 
+    def expect_model(self, model: str | None, request: Request) -> None:
+        """Note which model a request names, and refuse names that its caller may not use.
+
+        Nothing is looked for or loaded, so the rest of the request can be checked before that.
+
+        Raises:
+            InvalidRequest: nothing can have this name.
+            ModelNotFound: the name is not among those of the caller's key.
+        """
+        current_call().model = self.shown_model(model)[:MAX_NAME_CHARS]
+        require_model(model)
+        if model is None or self.adapters.is_base(model) or caller_of(request.scope).may_use(model):
+            return
+        raise AdapterHidden(self.adapters.not_found(model).message, param="model", name=model)
+
     async def adapter_of(self, model: str | None, request: Request) -> AdapterRef | None:
         """The adapter that a request's `model` names, decided now and held until the request's end.
 
@@ -64,13 +79,10 @@ class Services:
             AdapterError: it is known, and cannot be had.
             ClientGone: nobody waits any more.
         """
-        call = current_call()
-        call.model = self.shown_model(model)[:MAX_NAME_CHARS]
-        require_model(model)
+        self.expect_model(model, request)
         if model is None or self.adapters.is_base(model):
             return None
-        if not caller_of(request.scope).may_use(model):  # before resolvers hear of it
-            raise AdapterHidden(self.adapters.not_found(model).message, param="model", name=model)
+        call = current_call()
         lease = self.adapters.lease(model)
         if lease is None:
             with call.waiting_for(model):

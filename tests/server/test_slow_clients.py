@@ -284,6 +284,26 @@ def test_stream_that_waits_for_an_adapter_begins_with_comments(loading: tuple[Ru
     assert '"code":"adapter_loading"' in parts[-1]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "n": 10**6}),
+        ("/v1/completions", {"prompt": "a" * 600}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 10**9}),
+        ("/invocations", {"prompt": "a", "stop_token_ids": [10**9]}),
+    ],
+)
+def test_bad_request_is_refused_before_its_adapter_is_there(
+    loading: tuple[RunningServer, str], path: str, body: dict[str, Any]
+) -> None:
+    server, name = loading
+    with server.client() as http:
+        response = http.post(path, json={"model": name, "stream": True, **body})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_client_that_leaves_while_its_adapter_loads_is_forgotten(loading: tuple[RunningServer, str]) -> None:
     server, name = loading
     with server.client() as http:

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 
 from loramux.engine.errors import InvalidRequest
 from loramux.server.access.caller import caller_of
-from loramux.server.adapters import AdapterRef, answer_headers
+from loramux.server.adapters import answer_headers
 from loramux.server.choice import Delta
 from loramux.server.delta_stream import spaced
 from loramux.server.disconnect import until_disconnect
@@ -41,19 +41,23 @@ class Answer(Protocol):
         ...
 
 
-def plan_call(
+async def plan_call(
     request: Request,
     body: GenerationRequest,
     prompts: list[Prompt],
     params: SamplingParams,
-    adapter: AdapterRef | None,
     services: Services,
 ) -> Call:
     """The call that a request asks for, with a place in the queue.
 
+    Waits for the adapter, but not for one whose call would be refused anyway.
+
     Raises:
         InvalidRequest, RateLimited, Overloaded: as `Generator.plan`.
+        ModelNotFound, AdapterError, ClientGone: as `Services.adapter_of`.
     """
+    services.generator.check(prompts, params)
+    adapter = await services.adapter_of(body.model, request)
     return services.generator.plan(
         prompts,
         params,

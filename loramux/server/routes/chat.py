@@ -27,10 +27,10 @@ router = APIRouter(route_class=GenerationRoute)
 @needs("inference")
 async def create_chat_completion(request: Request, body: ChatRequest, services: ServicesDep) -> Response:
     """Answer a conversation."""
-    adapter = await services.adapter_of(body.model, request)
-    with in_words_of(_names_in(body)):
+    services.expect_model(body.model, request)
+    with in_words_of(names_in(body)):
         prompt, params, use = await prepare_chat(body, services)
-        call = plan_call(request, body, [prompt], params, adapter, services)
+        call = await plan_call(request, body, [prompt], params, services)
     server = services.config.server
     answer = ChatAnswer(
         body,
@@ -48,7 +48,7 @@ async def create_chat_completion(request: Request, body: ChatRequest, services: 
     return await answer_call(request, body, call, deltas, answer, services)
 
 
-def _names_in(body: ChatRequest) -> dict[str, str]:
+def names_in(body: ChatRequest) -> dict[str, str]:
     """What this request calls the fields that have one name in all requests."""
     names = {"logprobs": "top_logprobs"}
     return names if body.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}

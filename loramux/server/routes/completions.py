@@ -23,9 +23,9 @@ router = APIRouter(route_class=GenerationRoute)
 @needs("inference")
 async def create_completion(request: Request, body: CompletionRequest, services: ServicesDep) -> Response:
     """Continue one or several prompts."""
-    adapter = await services.adapter_of(body.model, request)
+    services.expect_model(body.model, request)
     prompts, params = await prepare_completion(body, services)
-    call = plan_call(request, body, prompts, params, adapter, services)
+    call = await plan_call(request, body, prompts, params, services)
     answer = CompletionAnswer(
         body,
         call,

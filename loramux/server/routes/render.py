@@ -14,8 +14,9 @@ from fastapi import APIRouter, Request, Response
 from loramux.server.access.scopes import needs
 from loramux.server.prompts import Prompt
 from loramux.server.routes.answer_id import answer_id
+from loramux.server.routes.answering import in_words_of
 from loramux.server.routes.body import JsonRoute
-from loramux.server.routes.chat import prepare_chat
+from loramux.server.routes.chat import names_in, prepare_chat
 from loramux.server.routes.completions import prepare_completion
 from loramux.server.routes.priority import priority_of
 from loramux.server.sampling_params import SamplingParams
@@ -39,12 +40,13 @@ _SHOWN: Final = (  # of the sampling parameters, under the names of the request
 @needs("inference")
 async def render_completion(request: Request, body: CompletionRequest, services: ServicesDep) -> Response:
     """One entry for each prompt of a completion."""
-    await services.adapter_of(body.model, request)
+    services.expect_model(body.model, request)
     prompts, params = await prepare_completion(body, services)
     rendered = [
         _rendered("cmpl", request, body, prompt, params, services, number)
         for number, prompt in enumerate(prompts)
     ]
+    await services.adapter_of(body.model, request)
     return Response(msgspec.json.encode(rendered), media_type="application/json")
 
 
@@ -52,9 +54,11 @@ async def render_completion(request: Request, body: CompletionRequest, services:
 @needs("inference")
 async def render_chat(request: Request, body: ChatRequest, services: ServicesDep) -> Response:
     """The prompt of a conversation."""
+    services.expect_model(body.model, request)
+    with in_words_of(names_in(body)):
+        prompt, params, _ = await prepare_chat(body, services)
+        rendered = _rendered("chatcmpl", request, body, prompt, params, services)
     await services.adapter_of(body.model, request)
-    prompt, params, _ = await prepare_chat(body, services)
-    rendered = _rendered("chatcmpl", request, body, prompt, params, services)
     return Response(msgspec.json.encode(rendered), media_type="application/json")
 
 

@@ -33,11 +33,11 @@ _NAMES: Final = {  # of a chat's fields here
 @needs("inference")
 async def create_response(request: Request, body: ResponsesRequest, services: ServicesDep) -> Response:
     """Answer a conversation."""
-    adapter = await services.adapter_of(body.model, request)
+    services.expect_model(body.model, request)
     with in_words_of(_NAMES):
         chat = to_chat(body)
         prompt, params, use = await prepare_chat(chat, services)
-        call = plan_call(request, chat, [prompt], params, adapter, services)
+        call = await plan_call(request, chat, [prompt], params, services)
     answer = ResponsesAnswer(
         body,
         call,
