@@ -31,6 +31,9 @@ BEYOND_SCHEMAS: Final = {
     "truncate_prompt_tokens": "-1 or at least 1",
     "min_tokens": "at most max_tokens, and what the context holds",
     "max_tokens": "at most the context",
+    "max_completion_tokens": "the same",
+    "max_output_tokens": "the same",
+    "reasoning": "one of the efforts",
     "stream_options": "only with stream",
     "prompt_logprobs": "not with stream",
     "top_logprobs": "only with logprobs",
@@ -49,7 +52,7 @@ BEYOND_SCHEMAS: Final = {
     "chat_template_kwargs": "names that the template may be given",
 }
 _INDEX: Final = re.compile(r"[\[.].*")
-_ONE_OF: Final = "give either 'prompt' or 'messages'"  # null means that it is not given
+_ONE_OF: Final = "needs either 'prompt' or 'messages'"  # null means that it is not given
 # The schema language takes 5.0 for an integer; this API does not, as its types are strict (contract 3).
 _WHOLE_FLOAT: Final = re.compile(r"valid integer, got -?[0-9.]+(e\+?[0-9]+)?\.$")
 

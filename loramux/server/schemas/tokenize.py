@@ -41,7 +41,7 @@ class TokenizeRequest(RequestModel):
     @model_validator(mode="after")
     def _one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either 'prompt' or 'messages'")
+            raise ValueError("needs either 'prompt' or 'messages'")
         return self
 
 
