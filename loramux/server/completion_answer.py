@@ -117,6 +117,7 @@ class CompletionAnswer:
     def _is_silent(self, delta: Delta) -> bool:
         """Whether a delta shows nothing: its text is held back and nobody asked for its tokens."""
         asked = self._body.logprobs is not None or self._body.return_token_ids
+        asked = asked or (self._body.prompt_logprobs is not None and delta.prompt_logprobs is not None)
         is_first_echo = self._body.echo and delta.index not in self._offsets
         return not (delta.text or delta.finish_reason or asked or is_first_echo)
 

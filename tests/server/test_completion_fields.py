@@ -103,6 +103,12 @@ def test_every_choice_shows_the_prompt_that_the_first_one_looked_at(
         assert len(choice["logprobs"]["tokens"]) == len("ab" if choice["index"] < 3 else "xyz") + 2
 
 
+def test_stream_shows_the_prompt_though_the_first_token_is_held_back(http: httpx.Client) -> None:
+    choices = _stream_choices(http, prompt="stop here", stop="stop", prompt_logprobs=0)
+
+    assert [len(choice["prompt_logprobs"]) for choice in choices if "prompt_logprobs" in choice] == [9]
+
+
 def test_named_tokens_are_among_the_alternatives(http: httpx.Client) -> None:
     logprobs = complete(http, prompt="a", logprobs=1, logprob_token_ids=[65, 97], max_tokens=1)
 
