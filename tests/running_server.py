@@ -76,6 +76,8 @@ class RunningServer:
         """The exit code of a process that ends by itself."""
         code = self.process.wait(timeout_s)
         self._reader.join(timeout_s)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
         self._store.cleanup()
         return code
 
@@ -135,5 +137,3 @@ def running_server(
         except subprocess.TimeoutExpired:
             os.killpg(server.process.pid, signal.SIGKILL)
             server.wait_ended()
-        assert server.process.stderr is not None
-        server.process.stderr.close()

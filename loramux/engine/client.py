@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 # they wait turn a 0.6 ms linear into 4-12 ms when a neighbour is busy. Set before torch is imported.
 _CHILD_ENV = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 _STOP_TIMEOUT_S = 5.0
+_STOPPED = "the engine was stopped"
 _LAST_FRAME_TIMEOUT_S = 0.5  # for the reason that a process sent just before it ended
 
 _Stream = asyncio.Queue[SequenceOutput | LoramuxError]
@@ -148,14 +149,14 @@ class EngineClient:
         """End the process: ask, then kill. Everything in flight fails with `EngineDead`."""
         self._stopping = True
         if self._process and self._process.returncode is None:
-            with contextlib.suppress(LoramuxError):
-                self._send([messages.Shutdown()])
-            try:
-                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
-            except TimeoutError:
-                self.abandon("the engine was stopped")
-                await self._process.wait()
-        self._fail_everything("the engine was stopped")
+            if self._info is not None:  # else: it reads no message before its model is loaded
+                with contextlib.suppress(LoramuxError):
+                    self._send([messages.Shutdown()])
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+            self.abandon(_STOPPED)
+            await self._process.wait()
+        self._fail_everything(_STOPPED)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -292,7 +293,9 @@ class EngineClient:
             await asyncio.wait([self._ready], timeout=_LAST_FRAME_TIMEOUT_S)
         if self.is_alive and not self._stopping:
             logger.error("the engine process ended", extra={"exit": _describe_exit(code)})
-        self._fail_everything(f"the engine process ended ({_describe_exit(code)})")
+        self._fail_everything(
+            _STOPPED if self._stopping else f"the engine process ended ({_describe_exit(code)})"
+        )
 
     def _fail_everything(self, why: str) -> None:
         self._dead = self._dead or EngineDead(why)

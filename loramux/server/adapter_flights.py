@@ -8,18 +8,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from loramux.engine.errors import AdapterNotFound, LoramuxError, Overloaded
+from loramux.engine.errors import AdapterNotFound, EngineDead, LoramuxError, Overloaded
 from loramux.server.adapter_orders import Loaded, LoadOrder
+from loramux.server.errors import ServerDraining
 
 _MAX_LOOKUPS: Final = 1000  # flights that requests started, by naming what nobody knows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """One load under way."""
 
     order: LoadOrder
     task: asyncio.Task[Loaded]
+    _stopped_by: LoramuxError | None = None
+
+    @property
+    def was_cut_off(self) -> bool:
+        """True if it ended with the engine or the server, which says nothing about the adapter."""
+        if self.task.cancelled():
+            return isinstance(self._stopped_by, ServerDraining)
+        return self.task.done() and isinstance(self.task.exception(), EngineDead)
 
     async def landing(self) -> Loaded:
         """Its end, for one of those who wait for it; a caller who gives up does not stop it.
@@ -28,10 +37,7 @@ class Flight:
             LoramuxError: it failed, or was stopped.
         """
         await self.ended()
-        if self.task.cancelled():
-            message = f"The lora adapter '{self.order.name}' was unloaded while it was loading."
-            raise AdapterNotFound(message, param="lora_name")
-        error = self.task.exception()
+        error = self._stopped_by if self.task.cancelled() else self.task.exception()
         if isinstance(error, LoramuxError):
             raise again(error) from error
         return self.task.result()
@@ -41,8 +47,10 @@ class Flight:
         done, _ = await asyncio.wait([self.task], timeout=timeout_s)
         return bool(done)
 
-    async def stop(self) -> None:
-        """Give it up."""
+    async def stop(self, why: LoramuxError | None = None) -> None:
+        """Give it up; those who wait for it are told why, by default that it was unloaded."""
+        message = f"The lora adapter '{self.order.name}' was unloaded while it was loading."
+        self._stopped_by = why or AdapterNotFound(message, param="lora_name")
         self.task.cancel()
         await self.ended()
 
@@ -52,6 +60,7 @@ class Flights:
 
     def __init__(self) -> None:
         self._by_name: dict[str, Flight] = {}
+        self._closed: LoramuxError | None = None
 
     def __len__(self) -> int:
         """How many there are."""
@@ -66,8 +75,12 @@ class Flights:
 
         Raises:
             Overloaded: requests started too many.
+            ServerDraining: after `close`.
         """
         assert order.name not in self._by_name, f"{order.name} is being loaded"
+        if self._closed is not None:
+            load.close()
+            raise again(self._closed)
         if order.source is None and len(self._by_name) >= _MAX_LOOKUPS:
             load.close()
             raise Overloaded(f"{_MAX_LOOKUPS} adapters are being loaded already; try again later")
@@ -76,9 +89,10 @@ class Flights:
         flight.task.add_done_callback(partial(self._land, order.name))
         return flight
 
-    async def stop_all(self) -> None:
-        """Give all of them up."""
-        await asyncio.gather(*(flight.stop() for flight in self._by_name.values()))
+    async def close(self) -> None:
+        """Give all of them up, and begin none any more."""
+        self._closed = ServerDraining("The server is shutting down; try again at another one.")
+        await asyncio.gather(*(flight.stop(self._closed) for flight in self._by_name.values()))
 
     def _land(self, name: str, task: asyncio.Task[Loaded]) -> None:
         del self._by_name[name]

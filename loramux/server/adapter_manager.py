@@ -105,7 +105,7 @@ class AdapterManager:
                     " (the server's --adapter-load-timeout)",
                     param="model",
                 )
-            if flight.order.origin is Origin.RESOLVER:  # the errors of others are their callers'
+            if flight.order.origin is Origin.RESOLVER or flight.was_cut_off:  # else: its caller's error
                 await flight.landing()
 
     def _look_for(self, name: str) -> Flight:
@@ -233,7 +233,7 @@ class AdapterManager:
 
     async def aclose(self) -> None:
         """Stop what is under way."""
-        await self._flights.stop_all()
+        await self._flights.close()
         if self._chain is not None:
             await self._chain.aclose()
         await asyncio.gather(*self._farewells, return_exceptions=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramux.server.errors import ServerDraining, respond
 from loramux.server.start_gate import StartGate
 
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-_PROBES: Final = frozenset({"/ping"})  # may come as a POST
+_PROBE: Final = "/ping"  # may come as a POST
 
 
 class Drain:
@@ -58,7 +59,7 @@ class DrainLayer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or answer 503."""
-        if scope["type"] != "http" or scope["method"] in _READING or scope["path"].endswith(tuple(_PROBES)):
+        if scope["type"] != "http" or scope["method"] in _READING or get_route_path(scope) == _PROBE:
             await self._app(scope, receive, send)
             return
         if self._drain.has_begun:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -143,15 +144,21 @@ class EngineKeeper:
                 client.abandon("the engine was stopped")
 
     @asynccontextmanager
-    async def open(self, requests: Sequence[Request]) -> AsyncGenerator[SequenceStream, None]:
+    async def open(
+        self, requests: Sequence[Request], *, max_wait_s: float = math.inf
+    ) -> AsyncGenerator[SequenceStream, None]:
         """Start several sequences together; their outputs come in one iterator, interleaved.
 
         Leaving the context aborts what still runs.
 
+        Args:
+            requests: one for each sequence.
+            max_wait_s: for the next engine, if that is less than `EngineCare` allows.
+
         Raises:
             EngineDead: there is no engine, also after a wait; or it is lost while they run.
         """
-        client = await self._running_client()
+        client = await self._running_client(max_wait_s)
         async with client.open(requests) as sequences:
             yield sequences
 
@@ -197,7 +204,7 @@ class EngineKeeper:
         """
         return await self._client.stats()
 
-    async def _running_client(self) -> EngineClient:
+    async def _running_client(self, max_wait_s: float = math.inf) -> EngineClient:
         """The engine, if need be the next one.
 
         Raises:
@@ -206,7 +213,7 @@ class EngineKeeper:
         if not self._client.is_alive and not self._given_up.is_set():
             self._settled.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._settled.wait(), self._care.restart_wait_s)
+                await asyncio.wait_for(self._settled.wait(), min(self._care.restart_wait_s, max_wait_s))
         if (problem := self.problem) is not None:
             raise EngineDead(problem)
         return self._client

@@ -12,8 +12,10 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from typing import Final
@@ -38,6 +40,9 @@ from loramux.server.tls import Tls
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S: Final = 3  # for connections whose answers have ended
+_FORCE_TIMEOUT_S: Final = 2.0  # after the second signal, for everything
+_THREADS_TIMEOUT_S: Final = 1.0  # for threads whose results nobody waits for any more
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(config: Config, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -52,12 +57,19 @@ def run(config: Config, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> in
         _say(f"warning: {warning}")
     if not allow_open_files(config.server.connections.max_connections):
         _say("warning: the limit on open files (ulimit -n) is too low for --max-connections")
+    return uvloop.run(_run_to_the_end(_Server(config, engine_command)))
+
+
+async def _run_to_the_end(server: _Server) -> int:
+    """The exit code. Afterwards the loop waits for its threads, but not for one that hangs."""
+    code = 0
     try:
-        uvloop.run(_Server(config, engine_command).run())
+        await server.run()
     except LoramuxError as error:
         _say(f"error: {error.message}")
-        return 1
-    return 0
+        code = 1
+    _end_within(_THREADS_TIMEOUT_S, code)
+    return code
 
 
 class _Server:
@@ -73,6 +85,7 @@ class _Server:
         self._http: _Uvicorn | None = None
         self._replay: Replay | None = None
         self._services: Services | None = None
+        self._has_hung_up = False
         self._reload: asyncio.Future[None] | None = None  # held, or it might be collected
 
     async def run(self) -> None:
@@ -82,7 +95,7 @@ class _Server:
             LoramuxError: the start failed.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         listener = Listener(self._config.server)
@@ -94,17 +107,22 @@ class _Server:
             listener.close()
             if self._engine is not None:
                 await self._engine.stop()
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # the default would spoil the exit code
 
     def _on_hangup(self) -> None:
         """Look again at what may change while the server runs."""
         if self._tls is not None:
             self._tls.refresh()
+        self._has_hung_up = True
         if self._services is not None:
             self._reload = asyncio.ensure_future(self._services.access.reload())
 
     def _on_signal(self) -> None:
-        if self._stop.is_set():
+        if self._stop.is_set() and not self._force.is_set():
             self._force.set()
+            _end_within(_FORCE_TIMEOUT_S, 0)
             if self._engine is not None:
                 self._engine.kill()
             if self._http is not None:
@@ -170,6 +188,8 @@ class _Server:
     async def _serve(self, services: Services, listener: Listener) -> None:
         server = self._config.server
         self._services = services
+        if self._has_hung_up:  # while it started: the keys are those of before
+            await services.access.reload()
         self._http = _Uvicorn(_uvicorn_config(services, server, self._tls))
         gc.collect()
         gc.freeze()  # what start-up allocated is never scanned again: a full scan takes tens of ms
@@ -200,7 +220,7 @@ class _Server:
         """Let what runs come to its end, while probes still answer."""
         services.drain.begin()
         services.manager.events.close()
-        if services.engine.is_alive and services.drain.num_open and timeout_s:
+        if services.drain.num_open and timeout_s:
             _say(f"draining {services.drain.num_open} requests for at most {timeout_s:g} s")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
@@ -216,6 +236,13 @@ async def _first(*work: Awaitable[object]) -> None:
         for task, each in zip(tasks, work, strict=True):
             if task is not each:
                 task.cancel()
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End the process by then, even if a thread of it hangs (a look-up on a network, say)."""
+    last_resort = threading.Timer(seconds, os._exit, (code,))
+    last_resort.daemon = True
+    last_resort.start()
 
 
 class _Uvicorn(uvicorn.Server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -301,12 +302,28 @@ def test_hangup_reads_the_keys_again(text_model: Path, tmp_path: Path) -> None:
     assert reloads == [("error", 1), ("ok", 1)]
 
 
+def test_hangup_during_the_start_counts(text_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(text_model, tmp_path / "model"))
+    (model / "hold").touch()
+    keys = write_keys(tmp_path / "keys.yaml", key_entry("old", "inference"))
+    server = RunningServer([str(model), f"--api-keys-file={keys}"], command=COMMAND)
+    server.wait_line("loading model")
+
+    write_keys(keys, key_entry("new", "inference"))
+    server.process.send_signal(signal.SIGHUP)
+    (model / "hold").unlink()
+    server.wait_ready()
+
+    with server.client() as http:
+        statuses = [http.get("/v1/models", headers=bearer(key)).status_code for key in ("old", "new")]
+    assert server.stop() == 0
+    assert statuses == [401, 200]
+
+
 def test_wrong_keys_file_stops_the_start(text_model: Path, tmp_path: Path) -> None:
     keys = write_keys(tmp_path / "keys.json", {**key_entry("a", "inference"), "adaptors": []})
     server = RunningServer([str(text_model), f"--api-keys-file={keys}"], command=COMMAND)
 
     assert server.wait_ended() != 0
-    assert server.process.stderr is not None
-    server.process.stderr.close()
     assert "did you mean 'adapters'" in server.stderr
     assert "Traceback" not in server.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -24,8 +25,6 @@ def start_fails(*arguments: str, port: int = 0) -> tuple[int, str]:
     """Exit code and last line of a server that does not start."""
     server = RunningServer(arguments, command=COMMAND, port=port)
     code = server.wait_ended()
-    assert server.process.stderr is not None
-    server.process.stderr.close()
     assert "Traceback" not in server.stderr, server.stderr
     return code, server.lines[-1]
 
@@ -149,6 +148,54 @@ def test_a_second_signal_ends_the_draining(text_model: Path) -> None:
         lines = [line for line in response.iter_lines() if line]
 
         assert '"error"' in lines[-1]
+        assert server.wait_ended() == 0
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_signal_ends_a_start_whose_model_is_still_loading(
+    text_model: Path, tmp_path: Path, num_signals: int
+) -> None:
+    model = Path(shutil.copytree(text_model, tmp_path / "model"))
+    (model / "hold").touch()
+    server = RunningServer([str(model)], command=COMMAND)
+    server.wait_line("loading model")
+
+    for _ in range(num_signals):
+        server.process.send_signal(signal.SIGTERM)
+
+    assert server.wait_ended(4.0) == 0  # less than a running engine gets for its last step
+
+
+def test_a_signal_ends_a_start_that_waits_for_a_hub_which_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        hub.settimeout(60.0)
+        endpoint = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        server = RunningServer(["org/model"], command=COMMAND, environ={"HF_ENDPOINT": endpoint})
+        connection, _ = hub.accept()
+        with connection:
+            server.process.send_signal(signal.SIGTERM)
+
+            assert server.wait_ended(8.0) == 0
+    assert "Traceback" not in server.stderr
+
+
+def test_who_waits_for_an_adapter_is_told_that_the_server_ends(text_model: Path, tmp_path: Path) -> None:
+    stuck = write_adapter(tmp_path / "stuck", llama_sites(), base_model_name_or_path="!stuck")
+    flags = ["--enable-lora", "--allow-runtime-lora-updating", f"--allowed-local-path={tmp_path}"]
+    with running_server(str(text_model), *flags, *KEPT_ALIVE, command=COMMAND) as server:
+        load = server.open_post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": str(stuck)})
+        with load, server.client() as http:
+            until(lambda: http.get("/v1/lora_adapters/x").status_code == 200)
+            body = {"model": "x", "prompt": "a", "stream": True}
+            with http.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                assert next(lines) == ": keep-alive"
+
+                server.process.send_signal(signal.SIGTERM)
+
+                events = [line for line in lines if line.startswith("data")]
+            assert len(events) == 1
+            assert '"code":"engine_unavailable"' in events[0]  # and not that there is no such model
         assert server.wait_ended() == 0
 
 

@@ -116,6 +116,40 @@ def test_a_request_waits_only_so_long_for_the_next_engine(own_model: Path) -> No
         assert server.stop(signal.SIGTERM) == 0
 
 
+def test_the_wait_for_the_next_engine_counts_as_waiting_in_the_queue(own_model: Path) -> None:
+    with running_server(str(own_model), "--max-queue-wait=0.1", command=COMMAND) as server:
+        (own_model / "hold").touch()
+        with server.client() as http:
+            kill_engine(server)
+            until(lambda: http.get("/health").status_code == 503)
+
+            response = http.post("/v1/completions", json={"prompt": "a"})
+
+            assert response.status_code == 503
+            assert response.elapsed.total_seconds() < 5.0  # of the 10 that --engine-restart-wait allows
+        assert server.stop(signal.SIGTERM) == 0
+
+
+def test_a_draining_server_waits_for_its_next_engine(own_model: Path) -> None:
+    flags = ("--shutdown-timeout=60", "--sse-keep-alive-interval=0.1")
+    with running_server(str(own_model), *flags, command=COMMAND) as server:
+        (own_model / "hold").touch()
+        with server.client() as http:
+            kill_engine(server)
+            until(lambda: http.get("/health").status_code == 503)
+            body = {"prompt": "abc", "stream": True}
+            with http.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                assert next(lines) == ": keep-alive"
+
+                server.process.send_signal(signal.SIGTERM)
+                server.wait_line("draining 1 request")
+                (own_model / "hold").unlink()
+
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert server.wait_ended() == 0
+
+
 def test_stopped_engine_is_noticed_and_replaced(own_model: Path) -> None:
     with running_server(str(own_model), "--engine-watchdog-timeout=0.5", *NAMED, command=COMMAND) as server:
         with server.client() as http:
