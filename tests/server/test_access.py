@@ -264,7 +264,8 @@ def test_limit_of_a_key_is_its_own(http: httpx.Client) -> None:
         return http.post("/v1/completions", json={"prompt": "a"}, headers=bearer(key))
 
     with http.stream("POST", "/v1/completions", json=slow, headers=bearer("narrow")) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: httpx closes the stream of an iterator that is collected
+        next(lines)
         refused, other = ask("narrow"), ask("user")
 
     assert (refused.status_code, other.status_code) == (429, 200)
