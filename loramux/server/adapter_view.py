@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from loramux.engine.errors import LoramuxError
 from loramux.server.adapters import Failure, Row
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.schemas.adapters import AdapterError, AdapterUpdate, AdapterView, DrainingVersion
+
+_ROWS_A_TURN: Final = 500  # of the event loop: about 2 ms
 
 
 async def view_rows(rows: Collection[Row], engine: EngineKeeper) -> list[AdapterView]:
@@ -17,7 +21,12 @@ async def view_rows(rows: Collection[Row], engine: EngineKeeper) -> list[Adapter
     except LoramuxError:  # the engine has ended; names are still true
         return [_view(row, None) for row in rows]
     tiers = {**dict.fromkeys(stats.host_adapters, "host"), **dict.fromkeys(stats.device_adapters, "device")}
-    return [_view(row, tiers) for row in rows]
+    views: list[AdapterView] = []
+    for number, row in enumerate(rows, 1):
+        views.append(_view(row, tiers))
+        if number % _ROWS_A_TURN == 0:
+            await asyncio.sleep(0)
+    return views
 
 
 def _view(row: Row, tiers: Mapping[str, str] | None) -> AdapterView:
@@ -51,7 +60,7 @@ def _view(row: Row, tiers: Mapping[str, str] | None) -> AdapterView:
         trained_on=spec.base_model,
         rank=spec.rank,
         num_modules=len(spec.modules),
-        modules=sorted({module.module.rpartition(".")[2] for module in spec.modules}),
+        modules=list(ref.targets),
         bytes=spec.nbytes,
         tier=None if tiers is None else tiers.get(ref.digest, "disk"),
         pinned=ref.pinned,

@@ -66,6 +66,7 @@ class AdapterRef:
     revision: str | None = None
     pinned: bool = False
     origin: Origin = Origin.API
+    targets: tuple[str, ...] = ()  # kinds of modules that it changes, such as q_proj
 
     @property
     def digest(self) -> str:
@@ -269,6 +270,7 @@ class AdapterTable:
             revision=revision,
             pinned=pinned,
             origin=origin,
+            targets=tuple(sorted({module.module.rpartition(".")[2] for module in spec.modules})),
         )
         row.current, row.loading, row.failure = Version(ref), None, None
         self._last_versions.pop(name, None)
