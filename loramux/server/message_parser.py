@@ -89,7 +89,7 @@ class MessageParser:
         self._tools = tools
         self._blank: list[str] = []  # white space that is dropped if a call is beside it
         self._text_since_call = False
-        self._last_arguments: list[str] = []  # of the call that began last
+        self._last_arguments: list[str] = []  # of the last call that is shown
         self._is_cut = False  # a stop string of the client's broke a call off
         self._num_in_block = 0  # tokens; none, as long as it is open whether a block begins
         self.num_calls = 0
@@ -157,12 +157,12 @@ class MessageParser:
                 self.num_calls += 1
                 self._blank.clear()
                 self._text_since_call = False
-                self._last_arguments.clear()
                 if self._is_kept():
+                    self._last_arguments.clear()
                     parts.append(CallPart(self.num_calls - 1, self._new_id(), name))
             case CallArguments(text):
-                self._last_arguments.append(text)
                 if self._is_kept():
+                    self._last_arguments.append(text)
                     parts.append(ArgumentsPart(self.num_calls - 1, text))
 
     def _new_id(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,3 +103,11 @@ def test_call_that_a_stop_string_cuts_is_no_reason_to_call(cut: int, shown: str)
 
     assert parser.num_calls == 1
     assert parser.finish_reason("stop") == shown
+
+
+def test_call_that_is_not_shown_may_be_cut() -> None:
+    parser = replace(PLAN, parallel_calls=False).parser("")
+    parser.add(Delta(0, text=CALL + CALL[:-14], finish_reason="stop", stop_reason="1"))
+
+    assert parser.num_calls == 2
+    assert parser.finish_reason("stop") == "tool_calls"
