@@ -22,17 +22,17 @@ def markdown(result: dict[str, Any]) -> str:
         [
             _headline(result),
             "",
-            *_table(
+            *table(
                 ["requests to", "streams", *COLUMNS],
                 [[r["case"], r["concurrency"], *(r[key] for key in COLUMNS.values())] for r in decode],
             ),
             "",
-            *_table(
+            *table(
                 ["prefill of", "tokens", "tok/s", "TTFT ms"],
                 [[r["case"], r["prompt_len"], r["prefill_tok_s"], r["ttft_ms_p50"]] for r in prefill],
             ),
             "",
-            *_table(
+            *table(
                 ["server", "start to ready s", "RSS MiB when ready", "RSS MiB after", "peak MiB"],
                 [_server(name, server) for name, server in result["servers"].items()],
             ),
@@ -59,7 +59,9 @@ def _server(name: str, server: dict[str, Any]) -> list[Any]:
     return [name, server["ready_s"], round(before["rss"]), round(after["rss"]), round(after["peak_rss"])]
 
 
-def _table(titles: list[str], rows: list[list[Any]]) -> list[str]:
+def table(titles: list[str], rows: list[list[Any]]) -> list[str]:
+    """The lines of a Markdown table; all columns but the first to the right."""
+
     def cell(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"

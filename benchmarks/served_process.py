@@ -55,8 +55,8 @@ class ServedProcess:
 
     def memory_mib(self) -> dict[str, float]:
         """Resident memory of the server and of its children (the engine), now and at most."""
-        pids = [self._process.pid, *_children(self._process.pid)]
-        fields = [_status(pid) for pid in pids]
+        pids = [self._process.pid, *children_of(self._process.pid)]
+        fields = [status_of(pid) for pid in pids]
         return {
             "rss": sum(f["VmRSS"] for f in fields) / 1024,
             "peak_rss": sum(f["VmHWM"] for f in fields) / 1024,
@@ -78,16 +78,16 @@ class ServedProcess:
             print("the server's last words:\n" + "".join(self._log), file=sys.stderr)
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
     """All processes below `pid`."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
-            found += [int(child), *_children(int(child))]
+            found += [int(child), *children_of(int(child))]
     return found
 
 
-def _status(pid: int) -> dict[str, int]:
+def status_of(pid: int) -> dict[str, int]:
     """The kB fields of /proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
