@@ -54,7 +54,7 @@ def gather(argv: Sequence[str], environ: Mapping[str, str]) -> Gathered:
     if namespace.config is not None:
         path = Path(namespace.config).expanduser()
         found, lines = _file_arguments(path, namespace)
-        namespace, warnings = flags.parse([*arguments, *found])
+        namespace, warnings = flags.parse([*found, *arguments])  # the last one wins, also of two spellings
         for name in _given(namespace):
             origins.setdefault(name, f"{path}:{lines[name]}" if name in lines else str(path))
     return Gathered(_given(namespace), origins, warnings)
@@ -70,6 +70,8 @@ def environment_arguments(
         value = environ.get(variable) or environ.get(TWINS.get(variable, ""))
         if not value or getattr(namespace, flag.dest) is not None:
             continue
+        if variable == "LORAMUX_PORT" and "://" in value:
+            continue  # Kubernetes sets it to tcp://... where there is a Service named loramux
         if flag.name == "model" and namespace.positional_model is not None:
             continue
         found += _argument(flag, value, variable)
@@ -111,7 +113,8 @@ def _file_arguments(path: Path, namespace: argparse.Namespace) -> tuple[list[str
             continue
         flag = known.get(dest) or Flag(str(key), "", is_switch=isinstance(value, bool))
         where = f"--config {path}:{lines[dest]}: {key}" if dest in lines else f"--config {path}: {key}"
-        _require_known(flag, where)
+        if dest not in known:
+            _require_known(flag, where)
         found += _argument(flag, value, where)
     return found, lines
 

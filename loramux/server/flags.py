@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from typing import Final, NoReturn
 
 from loramux.engine.errors import InvalidConfig
@@ -26,6 +27,7 @@ class ServeParser(argparse.ArgumentParser):
         raise InvalidConfig(message)
 
 
+@cache
 def build_parser() -> ServeParser:
     """The parser for what follows `loramux serve`."""
     parser = ServeParser(

@@ -162,6 +162,21 @@ def test_flag_wins_over_environment_and_environment_over_file(tmp_path: Path) ->
     assert config.warnings == ("--enforce-eager has no effect in loramux",)
 
 
+def test_flag_wins_over_another_spelling_of_it_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("h11-max-header-count: 20\ndisable-prefix-caching: true\n")
+
+    config = read("m", f"--config={file}", "--max-header-count=30", "--enable-prefix-caching")
+
+    assert config.server.connections.max_header_count == 30
+    assert config.engine.enable_prefix_caching
+
+
+def test_port_of_a_kubernetes_service_with_our_name_is_not_ours() -> None:
+    assert read("m", LORAMUX_PORT="tcp://10.0.0.1:8000").server.port == 8000
+    assert "--port" in refusal("m", LORAMUX_PORT="eighty")
+
+
 def test_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("max-lora-rnak: 5\n")

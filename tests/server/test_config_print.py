@@ -13,6 +13,7 @@ from loramux.engine.errors import InvalidConfig
 from loramux.server import flags
 from loramux.server.config import Config, read_config
 from loramux.server.config_print import default_of, render_config
+from loramux.server.flag import parse_count
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +80,72 @@ def test_what_is_printed_is_a_file_with_the_same_meaning(argv: tuple[str, ...], 
 
     assert again == config
     assert msgspec.yaml.decode(file.read_bytes())["model"] == "m"
+
+
+NOT_PRINTED = ("config", "print_config", "check_config", "api_key", "hf_token")
+# One value that is not the default for each flag that takes a text; numbers and switches need none.
+SAMPLES: dict[str, str] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "generation_config": "vllm",
+    "override_generation_config": '{"temperature": 0.5}',
+    "lora_modules": "a=/x",
+    "lora_dtype": "float16",
+    "scheduling_policy": "priority",
+    "chat_template_content_format": "openai",
+    "default_chat_template_kwargs": '{"a": [1, null]}',
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "qwen3",
+    "allowed_hosts": "*.example.org",
+    "host": "::1",
+    "root_path": "/v",
+    "allowed_origins": '["https://a", "https://b"]',
+    "allowed_methods": '["GET"]',
+    "allowed_headers": '["x-a"]',
+    "uds_permissions": "600",
+    "uvicorn_log_level": "debug",
+    "log_format": "json",
+    "otlp_traces_endpoint": "http://localhost:4318",
+    "ssl_cert_reqs": "2",
+    "gpu_memory_utilization": "0.5",
+    "max_loras": "2",
+    "max_model_len": "2k",
+}
+
+
+def every_flag_set(tmp_path: Path) -> dict[str, str]:
+    """By attribute name: a value of each flag that may be printed, as it would stand in the environment."""
+    keys = tmp_path / "keys.yaml"
+    keys.touch(0o600)
+    keys.write_text(f"keys: [{{id: a, sha256: {'a' * 64}, scopes: [inference]}}]")
+    values = {"api_keys_file": str(keys), **SAMPLES}
+    default = read("m")
+    for dest, flag in flags.all_flags().items():
+        if dest in NOT_PRINTED:
+            continue
+        if flag.is_switch:
+            values[dest] = "false" if default_of(default, flag) else "true"
+        values.setdefault(dest, "100" if flag.type in (int, float, parse_count) else "/some: #text")
+    return values
+
+
+def test_every_flag_means_the_same_as_a_word_a_variable_and_a_key_of_the_file(tmp_path: Path) -> None:
+    values = every_flag_set(tmp_path)
+    known = flags.all_flags()
+    words = [
+        f"--{'no-' * (text == 'false')}{known[dest].name}" if known[dest].is_switch else f"--{dest}={text}"
+        for dest, text in values.items()
+    ]
+
+    config = read(*words)
+
+    assert set(values) | set(NOT_PRINTED) == set(known)
+    assert [dest for dest in values if dest not in config.given] == []
+    environ = {f"LORAMUX_{dest.upper()}": text for dest, text in values.items()}
+    assert read(**environ) == read(*words, **environ)  # plugins see the environment, so both have it
+    file = tmp_path / "printed.yaml"
+    file.write_text(render_config(config))
+    assert read(f"--config={file}") == config
 
 
 def test_a_mistake_in_the_file_is_told_with_its_line_and_the_nearest_name(tmp_path: Path) -> None:
