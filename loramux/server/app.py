@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -31,13 +32,14 @@ from loramux.server.drain import DrainLayer
 from loramux.server.edge import EdgeLayer
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.generation import Generator
-from loramux.server.generation_config import read_generation_config
+from loramux.server.generation_config import GenerationConfig, read_generation_config
 from loramux.server.grammar_checker import GrammarChecker
 from loramux.server.observe.metrics import Metrics
 from loramux.server.observe.observer import ObserveLayer, Observer
 from loramux.server.observe.request_log import RequestLog
 from loramux.server.observe.span_sink import open_span_sink
 from loramux.server.openapi import install_openapi
+from loramux.server.plain_text import ControlTokenGuard
 from loramux.server.prompts import PromptBuilder
 from loramux.server.root_path import RootPathLayer
 from loramux.server.routes import (
@@ -69,27 +71,56 @@ _NO_TELEMETRY: Final[TelemetryConfig] = {
 }
 
 
-def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Services:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelText:
+    """What a model's folder says about text. Reading it takes most of a second."""
+
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    guard: ControlTokenGuard | None  # None: control tokens in messages count as such
+    template: str | None
+    written: GenerationConfig
+
+
+def read_model_text(server: ServerConfig, folder: Path) -> ModelText:
+    """Read it; needs no engine.
+
+    Args:
+        server: says where it lies, and what it is not to be believed.
+        folder: the model's.
+
+    Raises:
+        InvalidConfig: a file in the folder, or the chat template, is missing or wrong.
+    """
+    tokenizer_folder = Path(server.tokenizer).expanduser() if server.tokenizer else folder
+    tokenizer = Tokenizer.from_folder(tokenizer_folder)
+    source = read_chat_template(server.chat_template) if server.chat_template else None
+    return ModelText(
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+        guard=None if server.api.parse_special_tokens else ControlTokenGuard(tokenizer),
+        template=source or find_chat_template(tokenizer_folder),
+        written=read_generation_config(
+            folder,
+            use_defaults=server.generation_config == "auto",
+            override=server.override_generation_config,
+        ),
+    )
+
+
+def build_services(config: Config, engine: EngineKeeper, text: ModelText) -> Services:
     """Everything that answers requests.
 
     Args:
         config: of the whole server.
         engine: a started client.
-        folder: the model's, for tokenizer, chat template and defaults.
+        text: of its model.
 
     Raises:
-        InvalidConfig: a file in the folder, or the chat template, is missing or wrong.
+        InvalidConfig: the chat template is wrong, or a folder or file of the server's cannot be used.
     """
     server = config.server
-    tokenizer_folder = Path(server.tokenizer).expanduser() if server.tokenizer else folder
-    tokenizer = Tokenizer.from_folder(tokenizer_folder)
-    written = read_generation_config(
-        folder,
-        use_defaults=server.generation_config == "auto",
-        override=server.override_generation_config,
-    )
-    source = read_chat_template(server.chat_template) if server.chat_template else None
-    source = source or find_chat_template(tokenizer_folder)
+    tokenizer, source, written = text.tokenizer, text.template, text.written
     manager, uploads, desired = _build_adapters(config, engine)
     access = Access(config.access)
     manager.on_change = access.audit.changed
@@ -106,6 +137,7 @@ def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Servic
             max_model_len=engine.info.max_model_len,
             limits=server.limits,
             api=server.api,
+            guard=text.guard,
         ),
         generator=Generator(
             engine,
@@ -119,7 +151,7 @@ def build_services(config: Config, engine: EngineKeeper, folder: Path) -> Servic
         access=access,
         tools=ToolDesk(server.tools, source, tokenizer, server.limits),
         grammars=GrammarChecker(
-            tokenizer_folder, limits=server.limits, timeout_s=config.engine.grammar_compile_timeout_s
+            text.tokenizer_folder, limits=server.limits, timeout_s=config.engine.grammar_compile_timeout_s
         ),
         observer=_build_observer(config, engine, manager, admission),
         desired=desired,

@@ -28,7 +28,7 @@ from loramux.engine import log_format as log_lines
 from loramux.engine.client import ENGINE_COMMAND
 from loramux.engine.errors import EngineDead, LoramuxError
 from loramux.server.adapter_start import Replay, load_modules
-from loramux.server.app import build_app, build_services
+from loramux.server.app import build_app, build_services, read_model_text
 from loramux.server.config import Config, ServerConfig
 from loramux.server.engine_keeper import EngineKeeper
 from loramux.server.http_protocol import allow_open_files, bounded_protocol
@@ -155,13 +155,15 @@ class _Server:
         )
         engine_config = msgspec.structs.replace(self._config.engine, model=str(folder))
         self._engine = EngineKeeper(engine_config, command=self._engine_command, care=self._config.care)
-        info = await self._engine.start()
+        info, text = await asyncio.gather(
+            self._engine.start(), asyncio.to_thread(read_model_text, server, folder)
+        )
         _say(
             f"model loaded in {time.monotonic() - began_s:.1f} s: {info.architecture}, {info.dtype} on "
             f"{info.device}, context {info.max_model_len} tokens, KV cache "
             f"{info.num_kv_blocks * info.block_size} tokens"
         )
-        services = await asyncio.to_thread(build_services, self._config, self._engine, folder)
+        services = await asyncio.to_thread(build_services, self._config, self._engine, text)
         try:
             adapters = self._config.adapters
             await load_modules(services.manager, adapters.modules, strict=adapters.modules_strict, say=_say)

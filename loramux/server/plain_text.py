@@ -76,7 +76,7 @@ class ControlTokenGuard:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._names = re.compile(_any_of(set(tokenizer.control_tokens)) or r"(?!)")
-        self._twin = _Twin(tokenizer)  # now, since it would hold everybody up for half a second later
+        self._twin = _Twin(tokenizer)  # now, for it takes half a second
 
     def open(self) -> Hidden:
         """A fresh record for one conversation."""

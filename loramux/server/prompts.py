@@ -49,6 +49,7 @@ class PromptBuilder:
         vocab_size, max_model_len: of the engine's model.
         limits: what one call may bring.
         api: what the operator decided about templates.
+        guard: keeps control tokens out of messages; None = they count as such.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PromptBuilder:
         max_model_len: int,
         limits: Limits,
         api: ApiConfig,
+        guard: ControlTokenGuard | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
@@ -67,7 +69,7 @@ class PromptBuilder:
         self._max_model_len = max_model_len
         self._limits = limits
         self._api = api
-        self._guard = None if api.parse_special_tokens else ControlTokenGuard(tokenizer)
+        self._guard = guard
         self._processes = TemplateProcesses()
         self._is_template_slow = False  # it once took longer than the event loop can spare
 

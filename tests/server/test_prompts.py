@@ -31,7 +31,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Tokenizer) -> PromptBuilder:
     return PromptBuilder(
-        tokenizer, None, vocab_size=49152, max_model_len=256, limits=Limits(), api=ApiConfig()
+        tokenizer, None, vocab_size=49152, max_model_len=256, limits=Limits(), api=ApiConfig(), guard=None
     )
 
 
@@ -63,7 +63,13 @@ def test_slow_template_leaves_the_event_loop_after_its_first_time(tokenizer: Tok
     threads: list[int] = []
     template = ChatTemplate("{{ note() }}{% for i in range(90000) %}{% endfor %}", {})
     prompts = PromptBuilder(
-        tokenizer, template, vocab_size=49152, max_model_len=10**6, limits=Limits(), api=ApiConfig()
+        tokenizer,
+        template,
+        vocab_size=49152,
+        max_model_len=10**6,
+        limits=Limits(),
+        api=ApiConfig(),
+        guard=None,
     )
 
     def note() -> str:

@@ -19,7 +19,7 @@ from starlette.types import Message, Scope
 from loramux.engine.config import EngineConfig
 from loramux.server.access.caller import SCOPES
 from loramux.server.access.scopes import RouteRule, RouteTable, needs
-from loramux.server.app import build_app, build_services
+from loramux.server.app import build_app, build_services, read_model_text
 from loramux.server.config import read_config
 from loramux.server.engine_keeper import EngineKeeper
 from tests.running_server import RunningServer, running_server
@@ -40,7 +40,7 @@ async def app_of(model: Path, *flags: str) -> AsyncIterator[FastAPI]:
         command=(sys.executable, "-m", "tests.server.fake_engine"),
     )
     await engine.start()
-    services = build_services(config, engine, model)
+    services = build_services(config, engine, read_model_text(config.server, model))
     try:
         yield build_app(services)
     finally:
