@@ -57,7 +57,7 @@ class ServerConfig:
     uds_permissions: int = 0o660  # of its file
     log_level: str = "info"
     docs: bool = True
-    timeout_keep_alive_s: int = 5
+    timeout_keep_alive_s: int = 75  # longer than proxies and client libraries keep idle connections
     sse_keep_alive_s: float = 15.0
     shutdown_timeout_s: float = 0.0
     tokenizer: str | None = None
