@@ -100,7 +100,7 @@ def _vllm(setting: Setting) -> tuple[list[Recipe], dict[str, str]]:
         "OMP_NUM_THREADS": None,
         "OMP_WAIT_POLICY": None,
     }
-    common = [str(made.folder / "bin" / "vllm"), "serve", str(setting.model)]
+    common = [str(made.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(setting.model)]
     common += ["--served-model-name", BASE, "--dtype", setting.dtype, "--max-model-len", str(CONTEXT)]
     common += ["--max-num-seqs", str(STREAMS), "--no-enable-prefix-caching", "--host", "127.0.0.1"]
     modules = [f"{name}={path}" for name, path in setting.adapters.items()]

@@ -35,6 +35,7 @@ VENVS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "llamacpp": (("xllamacpp==2026.10.11549",),),
 }
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # builds for another torch, which then fail on import
 SOURCE = "llama-cpp-python==0.3.36"
 CMAKE = (
     "-GNinja",
@@ -88,6 +89,7 @@ class Store:
             venv.create(folder, with_pip=True)
             for requirements in VENVS[name]:
                 _run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *requirements])
+            _run([folder / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED])
             listed = _run([folder / "bin" / "python", "-m", "pip", "list", "--format", "json"])
             versions = {one["name"].lower(): one["version"] for one in json.loads(listed)}
             if cuda := [one for one in versions if one.startswith("nvidia-")]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -219,6 +220,7 @@ def main() -> None:
         args.rounds = args.slow_rounds = args.starts = 1
         args.concurrency, args.input_len, args.output_len, args.prefill_len = [1, 8], 32, 16, 256
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that no server is left behind
     with tempfile.TemporaryDirectory(prefix="loramux-peers-") as folder:
         comparison = Comparison(args, Path(folder))
         comparison.set_up()
