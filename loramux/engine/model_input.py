@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loramux.engine.kernels.attention import Attention, AttentionInput, BatchLayout
 from loramux.engine.kernels.cpu.dtypes import Ints
+from loramux.engine.kernels.cpu.lora import Floats
 from loramux.engine.kernels.lora import GainSegment, LoraInput, Segment, plan_lora
 from loramux.engine.kernels.tables import AdapterTables, TableSegment
 from loramux.engine.scheduler import ScheduledBatch, ScheduledSequence
@@ -44,13 +45,13 @@ class InputBuilder:
         *,
         attention: Attention,
         needs_lengths: bool,
-        has_compiled_lora: bool,
+        lora_scratch: Floats | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._attention = attention
         self._needs_lengths = needs_lengths
-        self._has_compiled_lora = has_compiled_lora
+        self._lora_scratch = lora_scratch
         self._dtype = dtype
         self._device = device
 
@@ -87,7 +88,7 @@ class InputBuilder:
                 num_decode,
                 dtype=self._dtype,
                 device=self._device,
-                is_compiled=self._has_compiled_lora,
+                scratch=self._lora_scratch,
                 gains=[GainSegment(s.begin, s.end, s.tables.gains) for s in own_tables if s.tables.gains],
             ),
             tables=own_tables,

@@ -88,7 +88,7 @@ class ModelRunner:
         self._builder = InputBuilder(
             attention=attention,
             needs_lengths=self.model.needs_lengths,
-            has_compiled_lora=self.lanes.is_compiled,
+            lora_scratch=self.lanes.scratch,
             dtype=self.dtype,
             device=self.device,
         )

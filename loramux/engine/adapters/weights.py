@@ -25,6 +25,7 @@ from loramux.engine.adapters.tables import (
 )
 from loramux.engine.kernels.cpu.dtypes import takes
 from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
+from loramux.engine.kernels.cpu.lora import row_scratch
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.kernels.tables import AdapterTables, TableChange
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
@@ -63,10 +64,11 @@ class LanePool:
     ) -> None:
         self._config = config
         self.num_lanes = num_lanes
-        sizes = [
-            n for site in config.sites for n in (site.in_features, *(p.out_features for p in site.parts))
-        ]
-        self.is_compiled = takes(torch.empty(0, dtype=dtype, device=device), *sizes)  # by the row kernel
+        widths = [part.out_features for site in config.sites for part in site.parts]
+        is_compiled = takes(
+            torch.empty(0, dtype=dtype, device=device), *widths, *(site.in_features for site in config.sites)
+        )
+        self.scratch = row_scratch(max(widths)) if is_compiled else None  # of the row kernel, if it serves
         self._sites: dict[tuple[int, str], SiteLanes] = {}
         if num_lanes == 0:
             return

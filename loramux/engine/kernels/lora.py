@@ -28,15 +28,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from loramux.engine.kernels.cpu.dtypes import TAGS, Ints
-from loramux.engine.kernels.cpu.lora import add_lora_rows
+from loramux.engine.kernels.cpu.lora import Floats, add_lora_rows, add_lora_rows_parallel
 
-Floats = npt.NDArray[np.float32]
-
+PARALLEL_LANES = 24  # lanes of all rows together from which a second thread pays for its waking
 MASKED_MAX_TOKENS = 64  # above it a token range is computed segment by segment
 
 
@@ -83,7 +81,8 @@ class LoraRows:
     rows: Ints  # [n]: tokens of the batch
     first: Ints  # [n]: first lane
     rank: Ints  # [n]: lanes
-    scratch: Floats  # room for the largest rank
+    scratch: Floats  # [num_threads, ...] zeros, of the lane pool
+    bounds: Ints  # [num_threads + 1] of the rows, so that each thread reads as many lanes; or empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ def plan_lora(
     dtype: torch.dtype,
     device: torch.device,
     gains: Sequence[GainSegment] = (),
-    is_compiled: bool = False,
+    scratch: Floats | None = None,
 ) -> LoraInput | None:
     """Choose the regime of each token range; None when no token has an adapter.
 
@@ -137,14 +136,14 @@ def plan_lora(
         segments: maximal runs of one adapter in token order, base tokens left out; a run never
             crosses `num_decode_tokens`, and decode tokens come first.
         gains: the tokens of DoRA adapters, which have segments, too.
-        is_compiled: the compiled kernel takes this model's lanes.
+        scratch: of the lane pool, if the compiled kernel takes this model's lanes.
     """
     if not segments:
         return None
     decode = [s for s in segments if s.end <= num_decode_tokens]
     prompts = [s for s in segments if s.end > num_decode_tokens]
-    if is_compiled:
-        return LoraInput(None, prompts, gains, _rows(decode) if decode else None)
+    if scratch is not None:
+        return LoraInput(None, prompts, gains, _rows(decode, scratch) if decode else None)
     if len(decode) <= 1 or decode[-1].end - decode[0].begin > MASKED_MAX_TOKENS * len(decode):
         return LoraInput(None, segments, gains)
     begin, end = decode[0].begin, decode[-1].end
@@ -155,13 +154,22 @@ def plan_lora(
     return LoraInput(MaskedRange(begin, end, num_lanes, mask.to(device)), prompts, gains)
 
 
-def _rows(segments: list[Segment]) -> LoraRows:
+def _rows(segments: list[Segment], scratch: Floats) -> LoraRows:
     counts = [s.end - s.begin for s in segments]
+    rank = np.repeat([s.rank for s in segments], counts)
+    lanes = np.cumsum(rank)
+    num_threads = len(scratch)
+    bounds = np.zeros(0, dtype=np.int64)
+    if lanes[-1] >= PARALLEL_LANES and num_threads > 1 and len(rank) > 1:
+        shares = lanes[-1] * np.arange(num_threads + 1) // num_threads
+        bounds = np.searchsorted(lanes, shares - rank[0] // 2)
+        bounds[0], bounds[-1] = 0, len(rank)
     return LoraRows(
         rows=np.concatenate([np.arange(s.begin, s.end) for s in segments]),
         first=np.repeat([s.first_lane for s in segments], counts),
-        rank=np.repeat([s.rank for s in segments], counts),
-        scratch=np.zeros(max(s.rank for s in segments), dtype=np.float32),
+        rank=rank,
+        scratch=scratch,
+        bounds=bounds,
     )
 
 
@@ -187,12 +195,16 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
 
 
 def _add_rows(out: Tensor, x: Tensor, site: SiteLanes, own: LoraRows) -> None:
-    add_lora_rows(
+    arguments = (
         TAGS[x.dtype],
         *(x.data_ptr(), out.data_ptr(), site.a.data_ptr()),
         *(site.b_addresses, site.bounds, site.a.shape[2]),
-        *(own.rows, own.first, own.rank, own.scratch),
+        *(own.rows, own.first, own.rank),
     )
+    if len(own.bounds):
+        add_lora_rows_parallel(*arguments, own.scratch, own.bounds)
+    else:
+        add_lora_rows(*arguments, own.scratch[0], 0, len(own.rows))
 
 
 def _scale(out: Tensor, own: OutputGain) -> None:

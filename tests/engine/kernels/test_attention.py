@@ -50,7 +50,7 @@ def make_builder(attention: Attention) -> InputBuilder:
     return InputBuilder(
         attention=attention,
         needs_lengths=True,
-        has_compiled_lora=False,
+        lora_scratch=None,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

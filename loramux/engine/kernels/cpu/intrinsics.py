@@ -15,7 +15,6 @@ from typing import Any, Final
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from loramux.engine.kernels.cpu.vector_ir import LANES, Builder, Value, Vectors
@@ -279,50 +278,89 @@ def silu_mul_row(typing: Any, dtype: Any, count: Any, gate: Any, up: Any, out: A
 
 
 @intrinsic
-def dot_row(typing: Any, dtype: Any, count: Any, x: Any, y: Any) -> tuple[Any, Any]:
-    """Sum of x[i] * y[i] for i < count (a multiple of 16); both addresses of dtype."""
+def dot_rows(
+    typing: Any, dtype: Any, group: Any, count: Any, x: Any, rows: Any, stride: Any, out: Any
+) -> tuple[Any, Any]:
+    """out[r] = sum of x[i] * rows[r, i] for i < count, for each row of the group.
+
+    Args:
+        dtype: of x and rows
+        group: number of rows, as `units`; x is read once for all of them
+        count: a multiple of 16
+        x, rows: addresses
+        stride: elements from one row to the next
+        out: address of [group] float32, written
+    """
+    num_rows = group.count
 
     def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
         v = Vectors(builder)
-        _, count_, x_, y_ = args
-        total = v.accumulator()
+        _, _, count_, x_, rows_, stride_, out_ = args
+        totals = [v.accumulator() for _ in range(num_rows)]
+        starts = [builder.mul(stride_, v.i64(r)) for r in range(num_rows)]
 
         def body(i: Value) -> None:
-            builder.store(v.fma(v.load(x_, i, dtype), v.load(y_, i, dtype), builder.load(total)), total)
+            value = v.load(x_, i, dtype)
+            for start, total in zip(starts, totals, strict=True):
+                row = v.load(rows_, builder.add(start, i), dtype)
+                builder.store(v.fma(value, row, builder.load(total)), total)
 
         v.loop(count_, body)
-        return v.sum(builder.load(total))
+        for r, total in enumerate(totals):
+            v.store_scalar(out_, v.i64(r), v.sum(builder.load(total)))
+        return context.get_dummy_value()
 
-    return types.float32(dtype, types.int64, types.int64, types.int64), codegen
+    i64 = types.int64
+    return types.void(dtype, group, i64, i64, i64, i64, i64), codegen
 
 
 @intrinsic
 def add_weighted_rows(
-    typing: Any, dtype: Any, count: Any, num_rows: Any, weights: Any, rows: Any, out: Any
+    typing: Any, dtype: Any, group: Any, count: Any, weights: Any, rows: Any, out: Any
 ) -> tuple[Any, Any]:
-    """out[i] += sum over r < num_rows of weights[r] * rows[r, i], for i < count, rounded once.
+    """out[i] += sum over the group's rows r of weights[r] * rows[r, i], for i < count.
 
     Args:
+        dtype: of rows
+        group: number of rows, as `units`
         count: width of a row, a multiple of 16
-        weights: address of [num_rows] float32
-        rows: address of [num_rows, count]; out: address of [count]
+        weights: address of [group] float32
+        rows: address of [group, count]; out: address of [count] float32
     """
+    num_rows = group.count
 
     def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
         v = Vectors(builder)
-        _, count_, num_rows_, weights_, rows_, out_ = args
-        total = v.accumulator()
+        _, _, count_, weights_, rows_, out_ = args
+        factors = [v.splat(v.load_scalar(weights_, v.i64(r))) for r in range(num_rows)]
+        starts = [builder.mul(count_, v.i64(r)) for r in range(num_rows)]
 
         def body(i: Value) -> None:
-            builder.store(v.load(out_, i, dtype), total)
-            with cgutils.for_range(builder, num_rows_) as loop:
-                weight = v.splat(v.load_scalar(weights_, loop.index))
-                row = v.load(rows_, builder.add(builder.mul(loop.index, count_), i), dtype)
-                builder.store(v.fma(weight, row, builder.load(total)), total)
-            v.store(out_, i, builder.load(total), dtype)
+            total = v.load(out_, i, types.float32)
+            for start, factor in zip(starts, factors, strict=True):
+                total = v.fma(factor, v.load(rows_, builder.add(start, i), dtype), total)
+            v.store(out_, i, total, types.float32)
 
         v.loop(count_, body)
         return context.get_dummy_value()
 
-    signature = types.void(dtype, types.int64, types.int64, types.int64, types.int64, types.int64)
-    return signature, codegen
+    i64 = types.int64
+    return types.void(dtype, group, i64, i64, i64, i64), codegen
+
+
+@intrinsic
+def add_row(typing: Any, dtype: Any, count: Any, x: Any, out: Any) -> tuple[Any, Any]:
+    """out[i] += x[i] for i < count, rounded once; x is float32, and zero afterwards."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, count_, x_, out_ = args
+
+        def body(i: Value) -> None:
+            v.store(out_, i, builder.fadd(v.load(out_, i, dtype), v.load(x_, i, types.float32)), dtype)
+            v.store(x_, i, v.const(0.0), types.float32)
+
+        v.loop(count_, body)
+        return context.get_dummy_value()
+
+    return types.void(dtype, types.int64, types.int64, types.int64), codegen

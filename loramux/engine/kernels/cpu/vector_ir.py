@@ -55,6 +55,11 @@ class Vectors:
         base = self.b.inttoptr(address, _F32.as_pointer())
         return self.b.load(self.b.gep(base, [index]))
 
+    def store_scalar(self, address: Value, index: Value, value: Value) -> None:
+        """One float."""
+        base = self.b.inttoptr(address, _F32.as_pointer())
+        self.b.store(value, self.b.gep(base, [index]))
+
     def load(self, address: Value, index: Value, dtype: types.Type) -> Value:
         """Sixteen elements from `index` on, as float32."""
         is_half = dtype == types.uint16
