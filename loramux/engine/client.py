@@ -41,9 +41,17 @@ from loramux.engine.types import (
 
 logger = logging.getLogger(__name__)
 
-# The server, the engine's Python and its compute threads share the cores: threads that spin while
-# they wait turn a 0.6 ms linear into 4-12 ms when a neighbour is busy. Set before torch is imported.
-_CHILD_ENV = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+# Set before the engine's libraries are loaded; the operator's own values win.
+# - The server, the engine's Python and its compute threads share the cores. Threads that spin for long turn
+#   a 0.6 ms linear into 4-12 ms when a neighbour is busy; threads that never spin lose 30 to 50 us of waking
+#   at each of some 200 products a step. So they spin, but less than a millisecond.
+# - Weights on huge pages: fewer translation misses, 7 % (32 rows) to 12 % (1 row) of a step.
+_CHILD_ENV = {
+    "OMP_WAIT_POLICY": "passive",
+    "KMP_BLOCKTIME": "0",
+    "GOMP_SPINCOUNT": "30000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 _STOP_TIMEOUT_S = 5.0
 _STOPPED = "the engine was stopped"
 _LAST_FRAME_TIMEOUT_S = 0.5  # for the reason that a process sent just before it ended
