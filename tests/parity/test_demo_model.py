@@ -73,7 +73,7 @@ def test_bf16_text_is_pefts_except_at_ties(rows: list[Row]) -> None:
 
     logger.info("%d ties in %d tokens, gaps in bf16 ulps: %s", len(found), num_tokens, found)
     assert all(gap <= TIE_ULPS for gap in found), f"gaps in bf16 ulps: {found}"
-    # 1 of 114 on one machine, 7 of 140 on another, whose oneDNN adds in another order: PEFT's best two are often equal
+    # 1 of 114 on one machine, 7 of 140 on another, whose products add in another order
     assert len(found) <= num_tokens * 0.1, f"{len(found)} ties in {num_tokens} tokens"
 
 
