@@ -17,7 +17,7 @@ from loramux.engine.kernels.attention import (
     token_slots,
 )
 from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range
-from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, split_evenly, storage
+from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, Storage, split_evenly, storage
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
 from loramux.engine.kernels.cpu.rows import rotate_and_store, rotate_and_store_parallel
@@ -36,6 +36,14 @@ def supports(shape: AttentionShape) -> bool:
         and shape.block_size == BLOCK
         and shape.head_dim % (2 * LANES) == 0
     )
+
+
+@dataclass(frozen=True, slots=True)
+class CpuKVCache(KVCache):
+    """One layer's keys and values, also as the arrays that the kernels take."""
+
+    k_rows: Storage
+    v_rows: Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class CpuAttention:
         s = self._shape
         k = lazy_zeros((num_blocks, s.num_kv_heads, s.head_dim, BLOCK), dtype=s.dtype, device=s.device)
         v = lazy_zeros((num_blocks, s.num_kv_heads, BLOCK, s.head_dim), dtype=s.dtype, device=s.device)
-        return KVCache(k, v)
+        return CpuKVCache(k, v, storage(k), storage(v))
 
     def plan(self, layout: BatchLayout) -> CpuAttentionInput:
         """Every token is a row of its own; the rows of a sequence share its table."""
@@ -96,6 +104,7 @@ class CpuAttention:
     ) -> Tensor:
         """See `Attention.store`; q and k are changed in place."""
         assert isinstance(plan, CpuAttentionInput)
+        assert isinstance(cache, CpuKVCache)
         s = self._shape
         heads = qkv.view(-1, s.num_heads + 2 * s.num_kv_heads, s.head_dim)
         rows = storage(heads)
@@ -105,8 +114,8 @@ class CpuAttention:
             *((angles[0].data_ptr(), angles[1].data_ptr()) if angles is not None else (0, 0)),
             *((norms[0].address, norms[1].address) if norms is not None else (0, 0)),
             norms[0].eps if norms is not None else 0.0,
-            storage(cache.k),
-            storage(cache.v),
+            cache.k_rows,
+            cache.v_rows,
             plan.slots,
             s.num_heads,
             s.num_kv_heads,
