@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _LONG_LIFE_S: Final = 60.0  # an engine that lived so long was worth its start
 _BACKOFF_S: Final = (0.0, 0.0, 1.0, 2.0, 5.0)  # before each start in a row; the last one again and again
+_PATIENCE_S: Final = 2.0  # a step of a large model takes as long
 _START_LIMIT_S: Final = 60.0  # a start may take this, or ten times as long as the first one
 _START_LIMIT_TIMES: Final = 10.0
 _SPECS_A_FRAME: Final = 16  # of restored adapters: encoding them must not hold up the event loop
@@ -65,9 +66,8 @@ class EngineKeeper:
         self.num_restarts = 0  # engines that took the place of a lost one
         self._care = care or EngineCare()
         self.on_stats: Callable[[EngineStats], None] = lambda _: None  # called about once a second
-        self._new_client = partial(
-            EngineClient, config, command=command, on_stats=lambda stats: self.on_stats(stats)
-        )
+        self._last_stats = EngineStats()
+        self._new_client = partial(EngineClient, config, command=command, on_stats=self._hear_stats)
         self._client = self._new_client()  # the newest one that was up
         self._starting: EngineClient | None = None
         self._held: dict[str, _Held] = {}  # what an engine must know, by digest
@@ -196,13 +196,23 @@ class EngineKeeper:
         except EngineDead:
             return _NOTHING_FREED
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, *, patience_s: float = _PATIENCE_S) -> EngineStats:
         """A snapshot of the engine's load; its counters start again with every engine.
+
+        Args:
+            patience_s: with an engine that is busy, or hangs; then the last snapshot must do.
 
         Raises:
             EngineDead: there is no engine now.
         """
-        return await self._client.stats()
+        try:
+            return await asyncio.wait_for(self._client.stats(), patience_s)
+        except TimeoutError:
+            return self._last_stats
+
+    def _hear_stats(self, stats: EngineStats) -> None:
+        self._last_stats = stats
+        self.on_stats(stats)
 
     async def _running_client(self, max_wait_s: float = math.inf) -> EngineClient:
         """The engine, if need be the next one.

@@ -265,10 +265,13 @@ def test_every_path_below_metrics_is_the_page_without_a_redirect(http: httpx.Cli
     assert "vllm:num_requests_running" in response.text
 
 
-def test_a_scrape_answers_while_the_engine_does_not(server: RunningServer, http: httpx.Client) -> None:
+@pytest.mark.parametrize("path", ["/metrics", "/load", "/v1/lora_adapters"])
+def test_facts_are_told_while_the_engine_says_nothing(
+    server: RunningServer, http: httpx.Client, path: str
+) -> None:
     os.kill(server.engine_pid(), signal.SIGSTOP)
     try:
-        response = http.get("/metrics", timeout=5.0)
+        response = http.get(path, timeout=10.0)
     finally:
         os.kill(server.engine_pid(), signal.SIGCONT)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from typing import Final
@@ -27,6 +26,6 @@ async def show_metrics(services: ServicesDep) -> Response:
     """All metrics in Prometheus' text format; any path below is the same page."""
     metrics = services.observer.metrics
     if services.engine.is_alive and time.monotonic() - metrics.engine.taken_s > _FRESH_S:
-        with contextlib.suppress(LoramuxError, TimeoutError):
-            await asyncio.wait_for(services.engine.stats(), _PATIENCE_S)  # heard by the metrics, too
+        with contextlib.suppress(LoramuxError):
+            await services.engine.stats(patience_s=_PATIENCE_S)  # heard by the metrics, too
     return Response(metrics.page(), headers={"content-type": CONTENT_TYPE})
