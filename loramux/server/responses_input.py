@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from loramux.engine.errors import InvalidRequest
-from loramux.server.errors import explain_validation
 from loramux.server.schemas.chat import ChatRequest
 from loramux.server.schemas.responses import ResponsesRequest
 
@@ -46,13 +43,7 @@ def to_chat(body: ResponsesRequest) -> ChatRequest:
     if wants_logprobs(body):
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     fields["response_format"] = _response_format(body.text.format)
-    try:
-        return ChatRequest.model_validate(fields)
-    except ValidationError as error:
-        message, param = explain_validation(
-            [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-        )
-        raise InvalidRequest(message, param=param) from error
+    return ChatRequest.checked(fields)
 
 
 def wants_logprobs(body: ResponsesRequest) -> bool:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ValidationError
 
 from loramux.engine.errors import InvalidRequest
 from loramux.server.access.scopes import needs
-from loramux.server.errors import explain_validation
 from loramux.server.routes.body import GenerationRoute
 from loramux.server.routes.chat import create_chat_completion
 from loramux.server.routes.completions import create_completion
 from loramux.server.schemas.chat import ChatRequest
-from loramux.server.schemas.common import RequestModel
 from loramux.server.schemas.completions import CompletionRequest
 from loramux.server.services import ServicesDep
 
 router = APIRouter(route_class=GenerationRoute)
 
-_Body = TypeVar("_Body", bound=RequestModel)
 _ADAPTER_HEADER: Final = "x-amzn-sagemaker-adapter-identifier"
 _SHAPES: Final[dict[str, Any]] = {
     "requestBody": {
@@ -51,21 +47,7 @@ async def invoke(request: Request, services: ServicesDep) -> Response:
     if adapter is not None:
         value = {**value, "model": adapter}
     if value.get("messages") is not None:
-        return await create_chat_completion(request, _checked(ChatRequest, value), services)
+        return await create_chat_completion(request, ChatRequest.checked(value), services)
     if value.get("prompt") is not None:
-        return await create_completion(request, _checked(CompletionRequest, value), services)
+        return await create_completion(request, CompletionRequest.checked(value), services)
     raise InvalidRequest("The request body needs 'messages' (a chat) or 'prompt' (a completion).")
-
-
-def _checked(model: type[_Body], value: dict[str, Any]) -> _Body:
-    """The body in its shape.
-
-    Raises:
-        InvalidRequest: names the first field that is wrong.
-    """
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
-        message, param = explain_validation(problems)
-        raise InvalidRequest(message, param=param) from error

@@ -7,14 +7,15 @@ is encoded: a struct costs about 2 us where a pydantic model costs 20.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from loramux.engine.errors import InvalidRequest
 from loramux.server.api_config import ApiConfig
+from loramux.server.errors import explain_validation
 from loramux.server.sampling_params import SamplingParams
 from loramux.server.structured import refuse_guided
 
@@ -30,6 +31,20 @@ class RequestModel(BaseModel):
         if isinstance(value, dict):
             return {name: entry for name, entry in value.items() if entry is not None}
         return value
+
+    @classmethod
+    def checked(cls, value: dict[str, Any]) -> Self:
+        """A body that the framework did not check.
+
+        Raises:
+            InvalidRequest: names the first field that is wrong.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+            message, param = explain_validation(problems)
+            raise InvalidRequest(message, param=param) from error
 
 
 class StreamOptions(RequestModel):
