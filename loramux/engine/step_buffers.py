@@ -80,7 +80,7 @@ class StepBuffers:
             end = offsets[name] + self._sizes[name]
         self._offset, self._num_bytes = offsets[self._last], end
         self._is_cuda = device.type == "cuda"
-        self._side = torch.cuda.Stream(device) if self._is_cuda else None
+        self._side = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._device = torch.zeros(end, dtype=torch.uint8, device=device)
         self.device: DeviceFields = {
             name: _as_tensor(self._device, offsets[name], fields[name]) for name in names
@@ -136,7 +136,8 @@ class StepBuffers:
         if not self._is_cuda:
             return _Slot(host, host, arrays, None, None)
         staging = torch.zeros(self._num_bytes, dtype=torch.uint8, device=device)
-        return _Slot(host, staging, arrays, torch.cuda.Event(), torch.cuda.Event())
+        staged, read = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return _Slot(host, staging, arrays, staged, read)
 
 
 def _as_tensor(buffer: Tensor, offset: int, field: Field) -> Tensor:
