@@ -86,7 +86,9 @@ class LLM:
                 f"unknown option {unknown[0]!r}; known are {', '.join(sorted(_ENGINE_FIELDS))}",
                 param=unknown[0],
             )
-        folder = find_model_folder(model, revision=revision)
+        folder = find_model_folder(
+            model, revision=revision, with_weights=engine_options.get("load_format") != "dummy"
+        )
         tokenizer_folder = Path(tokenizer).expanduser() if tokenizer else folder
         self._tokenizer = Tokenizer.from_folder(tokenizer_folder)
         written = read_generation_config(folder)

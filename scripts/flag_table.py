@@ -37,7 +37,8 @@ def table() -> str:
 
 def names(flag: Flag) -> str:
     """The flag and its other spellings."""
-    return ", ".join(f"`--{name}`" for name in (flag.name, *flag.aliases))
+    names = [f"`--{name}`" for name in (flag.name, *flag.aliases)]
+    return ", ".join(names + [f"`-{flag.short}`"] * bool(flag.short))
 
 
 def shown(config: Config, flag: Flag) -> str:

@@ -10,6 +10,8 @@ from loramux.engine.errors import InvalidConfig
 
 SCHEDULING_POLICIES = ("fcfs", "priority")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+QUANTIZATIONS = (None, "fp8")
 LANE_GROUP = 8  # ranks handed out together; an adapter takes ceil(rank / 8) groups
 
 
@@ -19,6 +21,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # local folder
     dtype: str = "auto"  # auto = the checkpoint's, with float16 run as bfloat16 on a CPU
     device: str = "auto"  # auto | cpu | cuda
+    load_format: str = "auto"  # auto and safetensors read files; dummy = random weights of the right shapes
+    quantization: str | None = None  # of the base weights: fp8 = per output channel, with fp8 activations
     max_model_len: int | None = None  # tokens; None = the model's own limit
     max_num_seqs: int = 128  # sequences that run at the same time
     max_num_batched_tokens: int = 2048  # tokens computed in one step
@@ -59,10 +63,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InvalidConfig(f"{flag} must be at least 1, got {value}", param=flag)
-        for field, flag in (("dtype", "--dtype"), ("lora_dtype", "--lora-dtype")):
+        choices: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
+            ("dtype", "--dtype", DTYPES),
+            ("lora_dtype", "--lora-dtype", DTYPES),
+            ("load_format", "--load-format", LOAD_FORMATS),
+            ("quantization", "--quantization", QUANTIZATIONS),
+        )
+        for field, flag, allowed in choices:
             value = getattr(self, field)
-            if value not in DTYPES:
-                raise InvalidConfig(f"{flag} must be one of {', '.join(DTYPES)}, got {value!r}", param=flag)
+            if value not in allowed:
+                names = ", ".join(name for name in allowed if name is not None)
+                raise InvalidConfig(f"{flag} must be one of {names}, got {value!r}", param=flag)
         if self.scheduling_policy not in SCHEDULING_POLICIES:
             names, got = " or ".join(SCHEDULING_POLICIES), self.scheduling_policy
             message = f"--scheduling-policy must be {names}, got {got!r}"

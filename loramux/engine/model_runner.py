@@ -20,11 +20,12 @@ from loramux.engine.grammar_step import IMPOSSIBLE, GrammarStep, StepMasks
 from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
 from loramux.engine.kernels.cpu.backend import CpuAttention, supports
 from loramux.engine.kernels.tables import AdapterTables
+from loramux.engine.layers.linear import check_quantization
 from loramux.engine.layers.sampler import SamplingRow, sample, token_logprobs
 from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.models.decoder import Decoder
 from loramux.engine.models.families import ModelConfig, load_model_config
-from loramux.engine.models.weights import BaseWeights, Checkpoint
+from loramux.engine.models.weights import BaseWeights, open_weights
 from loramux.engine.scheduler import SampledToken, ScheduledBatch, StepResult
 from loramux.engine.sequence import Sequence
 from loramux.engine.types import AdapterSpec, TokenLogprobs
@@ -51,13 +52,15 @@ class ModelRunner:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or _num_cores())
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
+        check_quantization(config.quantization, self.dtype, self.device)
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
         if lane_dtype != self.dtype:
             logger.warning("--lora-dtype has no effect: lanes are computed in the model's dtype")
         self.lanes = LanePool(self.model_config, config.lane_pool, dtype=self.dtype, device=self.device)
         self.tables: dict[str, AdapterTables] = {}  # of the adapters on the device that have some
-        self._base = BaseWeights(Path(config.model), self.dtype)
+        has_files = config.load_format != "dummy"
+        self._base = BaseWeights(Path(config.model) if has_files else None, self.dtype)
         attention = _attention(self.model_config, config.block_size, self.dtype, self.device)
         loaded = 0
 
@@ -69,7 +72,7 @@ class ModelRunner:
 
         with (
             torch.inference_mode(),
-            Checkpoint(Path(config.model), dtype=self.dtype, device=self.device) as checkpoint,
+            open_weights(config, self.model_config, dtype=self.dtype, device=self.device) as checkpoint,
         ):
             self.model = Decoder(
                 self.model_config,
@@ -79,6 +82,7 @@ class ModelRunner:
                 max_len=self.max_model_len,
                 dtype=self.dtype,
                 device=self.device,
+                quantization=config.quantization,
                 on_layer=count_layer,
             )
         self.num_kv_blocks = self._size_kv_cache(config)

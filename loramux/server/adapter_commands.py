@@ -104,6 +104,7 @@ def _doctor(values: Mapping[str, Any]) -> int:
         revision=values.get("revision"),
         download_dir=values.get("download_dir"),
         token=values.get("hf_token"),
+        with_weights=False,
     )
     limits = {name: values[name] for name in ("max_loras", "max_lora_rank", "num_lanes") if name in values}
     engine = EngineConfig(model=str(folder), enable_lora=True, **limits)

@@ -51,6 +51,7 @@ class Flag:
     is_switch: bool = False
     is_list: bool = False  # one or several values; may be repeated
     aliases: tuple[str, ...] = ()
+    short: str = ""  # its form with one dash
 
     @property
     def dest(self) -> str:

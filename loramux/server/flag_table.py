@@ -33,6 +33,17 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("hf-token", "token for gated Hub models"),
         Flag("dtype", "auto, bfloat16, float16 or float32"),
         Flag("device", "auto, cpu or cuda"),
+        Flag(
+            "load-format",
+            "auto or safetensors: the model's files; dummy: random weights, for benchmarks; config.json and "
+            "tokenizer are enough",
+        ),
+        Flag(
+            "quantization",
+            "of the base model's linear layers: fp8 (NVIDIA GPUs from compute capability 8.9); adapters, "
+            "embedding and head keep the model's dtype",
+            short="q",
+        ),
         Flag("max-model-len", "context length in tokens; auto or -1 = the model's", parse_length),
         Flag("chat-template", "file with a Jinja chat template, or the template itself"),
         Flag("response-role", "role of answers in chats"),

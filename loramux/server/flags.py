@@ -62,6 +62,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]
 
 def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
     names = [f"--{name}" for name in (flag.name, *flag.aliases)]
+    names += [f"-{flag.short}"] if flag.short else []
     if flag.is_switch:
         group.add_argument(
             *names, dest=flag.dest, action=argparse.BooleanOptionalAction, default=None, help=flag.help

@@ -152,6 +152,7 @@ class _Server:
             revision=server.revision,
             download_dir=server.download_dir,
             token=server.hf_token,
+            with_weights=self._config.engine.load_format != "dummy",
         )
         engine_config = msgspec.structs.replace(self._config.engine, model=str(folder))
         self._engine = EngineKeeper(engine_config, command=self._engine_command, care=self._config.care)

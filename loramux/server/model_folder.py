@@ -12,12 +12,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from loramux.engine.errors import InvalidConfig
 
 # Only what is read: never pickled weights, never code.
-_FILES: Final = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+_TEXTS: Final = ["*.json", "*.jinja"]
+_WEIGHTS: Final = ["*.safetensors"]
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_model_folder(
-    model: str, *, revision: str | None = None, download_dir: str | None = None, token: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    token: str | None = None,
+    with_weights: bool = True,
 ) -> Path:
     """The folder that holds a model's config, weights and tokenizer. May download, and block meanwhile.
 
@@ -26,6 +32,7 @@ def find_model_folder(
         revision: branch, tag or commit of a Hub id.
         download_dir: where the Hub's files are kept; None = the Hub's own cache folder.
         token: for gated models; None = what the Hub's own client finds.
+        with_weights: False where the tensors are not read.
 
     Raises:
         InvalidConfig: it is neither, the folder holds no model, or the Hub cannot be reached.
@@ -40,10 +47,11 @@ def find_model_folder(
         raise InvalidConfig(
             f"model {model!r} is neither a folder nor an id of the form ORGANISATION/NAME", param="model"
         )
+    files = _TEXTS + _WEIGHTS if with_weights else _TEXTS
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                model, revision=revision, cache_dir=download_dir, token=token, allow_patterns=_FILES
+                model, revision=revision, cache_dir=download_dir, token=token, allow_patterns=files
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -49,7 +49,7 @@ INERT_OPTIONS: Final = frozenset(
     hf-overrides ignore-patterns interleave-mm-strings io-processor-plugin ir-op-priority
     jit-monitor-mode kda-prefill-backend kernel-config kv-cache-dtype kv-cache-dtype-skip-layers
     kv-cache-metrics-sample kv-events-config kv-offloading-backend kv-offloading-size kv-transfer-config
-    limit-mm-per-prompt linear-backend load-format log-config-file logits-processor-pattern
+    limit-mm-per-prompt linear-backend log-config-file logits-processor-pattern
     logits-processors logprobs-mode long-lora-scaling-factors long-prefill-token-threshold
     lora-extra-vocab-size lora-target-modules mamba-backend mamba-block-size mamba-cache-dtype
     mamba-cache-mode mamba-cache-philox-rounds mamba-ssm-cache-dtype master-addr master-port
@@ -66,7 +66,7 @@ INERT_OPTIONS: Final = frozenset(
     override-attention-dtype override-neuron-config override-pooler-config performance-mode
     pipeline-parallel-size pooler-config preemption-mode prefill-context-parallel-size
     prefill-schedule-interval prefix-cache-retention-interval prefix-caching-hash-algo prefix-match-unit
-    profiler-config pt-load-map-location quantization quantization-param-path reasoning-config
+    profiler-config pt-load-map-location quantization-param-path reasoning-config
     reasoning-parser-plugin renderer-num-workers replayssm-buffer-len rope-scaling rope-theta runner
     safetensors-load-strategy safetensors-prefetch-block-size safetensors-prefetch-num-threads
     scheduler-cls scheduler-delay-factor show-hidden-metrics-for-version spec-decoding-acceptance-method
@@ -83,7 +83,6 @@ INERT_ALIASES: Final = {
     "-pp": "pipeline-parallel-size",
     "-dp": "data-parallel-size",
     "-asc": "api-server-count",
-    "-q": "quantization",
     "-O": "compilation-config",
     "-cc": "compilation-config",
     "-dcp": "decode-context-parallel-size",
@@ -116,6 +115,5 @@ HARMLESS_VALUES: Final = {  # asking for what is the case anyway needs no warnin
     "data-parallel-size": "1",
     "api-server-count": "1",
     "tokenizer-mode": "auto",
-    "load-format": "auto",
     "kv-cache-dtype": "auto",
 }

@@ -87,6 +87,8 @@ NOT_PRINTED = ("config", "print_config", "check_config", "api_key", "hf_token")
 SAMPLES: dict[str, str] = {
     "dtype": "float32",
     "device": "cpu",
+    "load_format": "dummy",
+    "quantization": "fp8",
     "generation_config": "vllm",
     "override_generation_config": '{"temperature": 0.5}',
     "lora_modules": "a=/x",

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
+from loramux.engine.layers.fp8_linear import Fp8Linear, check_fp8
+
+
+class BaseLinear(Protocol):
+    """y = x · Wᵀ + b of the base model, in whatever form its weight has."""
+
+    can_hold_lanes: ClassVar[bool]  # whether the A rows of adapters may lie behind its weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, in_features] → [num_tokens, out_features]."""
+        ...
 
 
 class Linear:
@@ -19,6 +31,8 @@ class Linear:
     """
 
     __slots__ = ("_bias", "_prepacked", "_weight")
+
+    can_hold_lanes: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Args:
@@ -44,7 +58,7 @@ class LoraLinear:
 
     __slots__ = ("lanes", "linear")
 
-    def __init__(self, linear: Linear, lanes: SiteLanes | None) -> None:
+    def __init__(self, linear: BaseLinear, lanes: SiteLanes | None) -> None:
         self.linear = linear
         self.lanes = lanes  # None on a server without LoRA
 
@@ -54,6 +68,21 @@ class LoraLinear:
         if lora is not None and self.lanes is not None:
             apply_lora(out, x, self.lanes, lora)
         return out
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, quantization: str | None) -> BaseLinear:
+    """A linear layer, its weight in the form that `--quantization` asks for; arguments as for `Linear`."""
+    return Fp8Linear(weight, bias) if quantization == "fp8" else Linear(weight, bias)
+
+
+def check_quantization(quantization: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a form of the weights that this device cannot compute with.
+
+    Raises:
+        InvalidConfig: says why.
+    """
+    if quantization == "fp8":
+        check_fp8(dtype, device)
 
 
 @cache

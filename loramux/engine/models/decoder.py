@@ -20,12 +20,12 @@ from loramux.engine.adapters.weights import LanePool
 from loramux.engine.kernels.attention import Angles, Attention, KVCache
 from loramux.engine.kernels.tables import TableSegment, change_embedding, change_logits
 from loramux.engine.layers.activation import Activation
-from loramux.engine.layers.linear import Linear, LoraLinear
+from loramux.engine.layers.linear import BaseLinear, Linear, LoraLinear, make_linear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
 from loramux.engine.layers.rotary import Rotary
 from loramux.engine.model_input import ModelInput
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig, Site
-from loramux.engine.models.weights import Checkpoint, head_weight
+from loramux.engine.models.weights import WeightSource, head_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +46,28 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        checkpoint: Checkpoint,
+        checkpoint: WeightSource,
         lanes: LanePool,
         attention: Attention,
         *,
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: str | None = None,
         on_layer: Callable[[], None] = lambda: None,
     ) -> None:
-        """Read the weights; `on_layer` is called after each layer, for a progress bar.
+        """Read the weights.
+
+        Args:
+            quantization: form of the layers' weights; embedding and head stay in `dtype`.
+            on_layer: called after each layer, for a progress bar.
 
         Raises:
             UnsupportedModel: a tensor is missing, has another shape, or has no place here.
         """
         self.config = config
         self._attention = attention
-        self._load = _WeightLoader(config, checkpoint)
+        self._load = _WeightLoader(config, checkpoint, quantization)
         embed = (config.vocab_size, config.embed_dim)
         self._embedding = checkpoint.take(f"{config.embedding_module}.weight", embed)
         self._project_in, self._project_out = self._load.projections()
@@ -160,9 +165,10 @@ class Decoder:
 class _WeightLoader:
     """Builds layers from a checkpoint."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: WeightSource, quantization: str | None) -> None:
         self._config = config
         self._checkpoint = checkpoint
+        self._quantization = quantization
 
     def layer(self, index: int, lanes: LanePool) -> _Layer:
         c = self._config
@@ -203,17 +209,23 @@ class _WeightLoader:
         q, k = (take(f"{prefix}self_attn.{x}_norm.weight", (c.head_dim,)) for x in "qk")
         return RMSNorm(q, c.norm_eps), RMSNorm(k, c.norm_eps)
 
-    def _site(self, prefix: str, site: Site) -> Linear:
-        take = self._checkpoint.take
-        weights = [
-            take(f"{prefix}{part.module}.weight", (part.out_features, site.in_features))
-            for part in site.parts
-        ]
-        biases = [
-            take(f"{prefix}{part.module}.bias", (part.out_features,)) for part in site.parts if site.bias
-        ]
-        return Linear(_cat(weights), _cat(biases) if biases else None)
+    def _site(self, prefix: str, site: Site) -> BaseLinear:
+        names = [prefix + part.module for part in site.parts]
+        weight = self._fused([f"{name}.weight" for name in names], site, (site.in_features,))
+        bias = self._fused([f"{name}.bias" for name in names], site, ()) if site.bias else None
+        return make_linear(weight, bias, self._quantization)
 
+    def _fused(self, names: list[str], site: Site, row: tuple[int, ...]) -> Tensor:
+        """The parts' tensors below each other, each read into its place.
 
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        Args:
+            names: one a part
+            row: shape of what belongs to one output feature
+        """
+        if len(names) == 1:
+            return self._checkpoint.take(names[0], (site.out_features, *row))
+        fused = self._checkpoint.empty((site.out_features, *row))
+        widths = [part.out_features for part in site.parts]
+        for name, rows in zip(names, torch.split(fused, widths), strict=True):
+            self._checkpoint.fill(rows, name)
+        return fused

@@ -8,19 +8,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loramux.engine.config import EngineConfig
 from loramux.engine.errors import AdapterIncompatible, UnsupportedModel
+from loramux.engine.models.dummy_weights import DummyWeights
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
 
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 # Tensors that carry nothing: old checkpoints stored RoPE's frequencies.
 _IGNORED: Final = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
+
+
+class WeightSource(Protocol):
+    """Where a model's tensors come from, in the model's dtype and on its device."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def take(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, in the model's dtype unless another one is wanted.
+
+        Raises:
+            UnsupportedModel: it is missing, or its shape is not what config.json implies.
+        """
+        ...
+
+    def fill(self, out: Tensor, name: str) -> None:
+        """Write one tensor into `out`, which has its shape and may be a slice of a larger one.
+
+        Raises:
+            UnsupportedModel: as for `take`.
+        """
+        ...
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor to fill."""
+        ...
+
+    def check_all_used(self, *, may_remain: tuple[str, ...]) -> None:
+        """Refuse tensors that the model has no place for."""
+        ...
 
 
 class Checkpoint:
@@ -55,11 +87,29 @@ class Checkpoint:
         return len(self._where)
 
     def take(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on the model's device, in the model's dtype unless another one is wanted.
+        """See `WeightSource`."""
+        return self._stored(name, shape).to(self._device, dtype or self._dtype)
 
-        Raises:
-            UnsupportedModel: it is missing, or its shape is not what config.json implies.
-        """
+    def fill(self, out: Tensor, name: str) -> None:
+        """See `WeightSource`."""
+        out.copy_(self._stored(name, tuple(out.shape)))
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """See `WeightSource`."""
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def check_all_used(self, *, may_remain: tuple[str, ...]) -> None:
+        """See `WeightSource`."""
+        rest = [n for n in self._where if n not in self._used and not _IGNORED.search(n)]
+        unknown = sorted(name for name in rest if name not in may_remain)
+        if unknown:
+            raise UnsupportedModel(
+                f"{len(unknown)} tensors of the checkpoint have no place in this architecture, "
+                f"e.g. {', '.join(unknown[:3])}",
+                param="model",
+            )
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
         stored = self._resolve(name)
         if stored is None:
             raise UnsupportedModel(f"the checkpoint lacks the tensor {name}", param="model")
@@ -70,18 +120,7 @@ class Checkpoint:
                 param="model",
             )
         self._used.add(stored)
-        return tensor.to(self._device, dtype or self._dtype)
-
-    def check_all_used(self, *, may_remain: tuple[str, ...]) -> None:
-        """Refuse a checkpoint with tensors that the model has no place for."""
-        rest = [n for n in self._where if n not in self._used and not _IGNORED.search(n)]
-        unknown = sorted(name for name in rest if name not in may_remain)
-        if unknown:
-            raise UnsupportedModel(
-                f"{len(unknown)} tensors of the checkpoint have no place in this architecture, "
-                f"e.g. {', '.join(unknown[:3])}",
-                param="model",
-            )
+        return tensor
 
     def _resolve(self, name: str) -> str | None:
         """The stored name: as given, or without the leading `model.` that some exports leave out."""
@@ -91,7 +130,23 @@ class Checkpoint:
         return None
 
 
-def head_weight(config: ModelConfig, checkpoint: Checkpoint) -> str:
+@contextmanager
+def open_weights(
+    config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> Iterator[WeightSource]:
+    """The model's tensors, as `--load-format` says.
+
+    Raises:
+        UnsupportedModel: the folder's weights cannot be read.
+    """
+    if config.load_format == "dummy":
+        yield DummyWeights(model, dtype=dtype, device=device, seed=config.seed)
+        return
+    with Checkpoint(Path(config.model), dtype=dtype, device=device) as checkpoint:
+        yield checkpoint
+
+
+def head_weight(config: ModelConfig, checkpoint: WeightSource) -> str:
     """Name of the tensor that the output head uses: its own, or the embedding's where they are tied.
 
     A checkpoint that says "tied" but brings a head of its own with other numbers is not tied, as in
@@ -114,8 +169,12 @@ class BaseWeights:
     loaded.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        """Remember what the files look like now, when the model is read from them."""
+    def __init__(self, folder: Path | None, dtype: torch.dtype) -> None:
+        """Remember what the files look like now, when the model is read from them.
+
+        Args:
+            folder: None if the model was not read from files.
+        """
         self._folder = folder
         self._dtype = dtype
         self._seen = self._look()
@@ -127,6 +186,10 @@ class BaseWeights:
         Raises:
             AdapterIncompatible: the files are not those that the model was read from.
         """
+        if self._folder is None:
+            raise AdapterIncompatible(
+                "this adapter's arithmetic needs the base model's files, and --load-format dummy reads none"
+            )
         if self._look() != self._seen:
             raise AdapterIncompatible(
                 "the base model's files changed since the engine was started, and this adapter cannot be"
@@ -136,6 +199,8 @@ class BaseWeights:
             yield checkpoint
 
     def _look(self) -> list[tuple[Path, int, int]] | None:
+        if self._folder is None:
+            return None
         try:
             files = [(path, path.stat()) for path in _weight_files(self._folder)]
         except (OSError, UnsupportedModel):
