@@ -20,8 +20,10 @@ from loramux.engine.grammar_step import IMPOSSIBLE, GrammarStep, StepMasks
 from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
 from loramux.engine.kernels.cpu.backend import CpuAttention, supports
 from loramux.engine.kernels.tables import AdapterTables
+from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
 from loramux.engine.layers.linear import check_quantization
 from loramux.engine.layers.sampler import SamplingRow, sample, token_logprobs
+from loramux.engine.memory_profile import gpu_budget
 from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.models.decoder import Decoder
 from loramux.engine.models.families import ModelConfig, load_model_config
@@ -178,25 +180,28 @@ class ModelRunner:
     def _size_kv_cache(self, config: EngineConfig) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""
         c = self.model_config
-        per_block = 2 * c.num_layers * c.num_kv_heads * c.head_dim * config.block_size * self.dtype.itemsize
-        available = config.kv_cache_bytes
+        per_layer = 2 * c.num_kv_heads * c.head_dim * config.block_size * self.dtype.itemsize
+        demand = KvDemand(
+            block_bytes=c.num_layers * per_layer,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            may_shorten=config.max_model_len is None,
+            num_blocks=config.num_kv_blocks,
+        )
+        budget = MemoryBudget(limit=config.kv_cache_bytes, origin="--kv-cache-bytes")
         if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            available = int(free - total * (1 - config.gpu_memory_utilization))
-        blocks = config.num_kv_blocks or available // per_block
-        needed = -(-self.max_model_len // config.block_size)
-        if blocks < needed and config.max_model_len is None and blocks > 0:
-            self.max_model_len = blocks * config.block_size
-            logger.warning("context limited to %d tokens by the KV cache", self.max_model_len)
-        elif blocks < needed:
-            raise InvalidConfig(
-                f"one sequence of --max-model-len {self.max_model_len} tokens needs {needed} KV blocks of "
-                f"{per_block} bytes, but {max(blocks, 0)} fit into {max(available, 0)} bytes; lower "
-                "--max-model-len or raise --kv-cache-bytes (CPU) or --gpu-memory-utilization (GPU)",
-                param="--max-model-len",
-            )
-        most = config.max_num_seqs * needed  # more could never be used
-        return int(blocks if config.num_kv_blocks else min(blocks, most + needed))
+            parts = [("adapter lanes", self.lanes.nbytes)]
+            budget = gpu_budget(self.device, config.gpu_memory_utilization, parts=parts)
+        plan = plan_kv_cache(budget, demand)
+        if plan.max_model_len < self.max_model_len:
+            logger.warning("context limited to %d tokens by the KV cache: %s", plan.max_model_len, budget)
+        self.max_model_len = plan.max_model_len
+        size = gib(plan.num_blocks * demand.block_bytes)
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %s; %s", plan.num_blocks, config.block_size, size, budget
+        )
+        return plan.num_blocks
 
 
 def _prompt_logprobs(logits: Tensor, inputs: ModelInput) -> dict[str, list[TokenLogprobs]]:
