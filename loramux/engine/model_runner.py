@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Set
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.models.decoder import Decoder
 from loramux.engine.models.families import ModelConfig, load_model_config
 from loramux.engine.models.weights import BaseWeights, open_weights
+from loramux.engine.parallel.peers import Peers
+from loramux.engine.parallel.shard import shard_model
 from loramux.engine.scheduler import SampledToken, ScheduledBatch, StepResult
 from loramux.engine.sequence import Sequence
 from loramux.engine.types import AdapterSpec, TokenLogprobs
@@ -40,53 +43,40 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 class ModelRunner:
     """Owns everything that lies on the device."""
 
-    def __init__(self, config: EngineConfig, on_layer: Callable[[int, int], None] | None = None) -> None:
-        """Load the model.
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_layer: Callable[[int, int], None] | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        """Load the model, or this rank's part of it.
 
         Args:
             on_layer: called with (layers loaded, layers in all), for a progress bar.
+            peers: the other ranks of a tensor-parallel engine.
 
         Raises:
             UnsupportedModel, InvalidConfig: the model cannot be served as configured.
         """
         self.model_config = load_model_config(Path(config.model))
-        self.device = _device(config.device)
+        self._peers = peers
+        rank, num_ranks = (peers.rank, peers.size) if peers else (0, 1)
+        self._shard = shard_model(self.model_config, rank, num_ranks)
+        self.device = find_device(config.device)
         if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or _num_cores())
+            torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
         if lane_dtype != self.dtype:
             logger.warning("--lora-dtype has no effect: lanes are computed in the model's dtype")
-        self.lanes = LanePool(self.model_config, config.lane_pool, dtype=self.dtype, device=self.device)
+        self.lanes = LanePool(self._shard.own, config.lane_pool, dtype=self.dtype, device=self.device)
         self.tables: dict[str, AdapterTables] = {}  # of the adapters on the device that have some
         has_files = config.load_format != "dummy"
         self._base = BaseWeights(Path(config.model) if has_files else None, self.dtype)
-        attention = _attention(self.model_config, config.block_size, self.dtype, self.device)
-        loaded = 0
-
-        def count_layer() -> None:
-            nonlocal loaded
-            loaded += 1
-            if on_layer is not None:
-                on_layer(loaded, self.model_config.num_layers)
-
-        with (
-            torch.inference_mode(),
-            open_weights(config, self.model_config, dtype=self.dtype, device=self.device) as checkpoint,
-        ):
-            self.model = Decoder(
-                self.model_config,
-                checkpoint,
-                self.lanes,
-                attention,
-                max_len=self.max_model_len,
-                dtype=self.dtype,
-                device=self.device,
-                quantization=config.quantization,
-                on_layer=count_layer,
-            )
+        attention = _attention(self._shard.own, config.block_size, self.dtype, self.device)
+        self.model = self._load_model(config, attention, on_layer)
         self.num_kv_blocks = self._size_kv_cache(config)
         self._caches = [
             attention.empty_cache(self.num_kv_blocks) for _ in range(self.model_config.num_layers)
@@ -104,7 +94,7 @@ class ModelRunner:
     @torch.inference_mode()
     def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
         """Read an adapter's files into host memory; safe in another thread."""
-        return read_adapter(spec, self.model_config, self.dtype, self._base)
+        return read_adapter(spec, self._shard, self.dtype, self._base)
 
     @torch.inference_mode()
     def fill_lanes(self, adapter: HostAdapter, span: LaneSpan) -> None:
@@ -177,9 +167,35 @@ class ModelRunner:
         failed = {pairs[row][0].request_id: IMPOSSIBLE for row in out.impossible} | masks.failed
         return StepResult(sampled, prompt_logprobs, masks.ended, failed)
 
+    @torch.inference_mode()
+    def _load_model(
+        self, config: EngineConfig, attention: Attention, on_layer: Callable[[int, int], None] | None
+    ) -> Decoder:
+        loaded = 0
+
+        def count_layer() -> None:
+            nonlocal loaded
+            loaded += 1
+            if on_layer is not None:
+                on_layer(loaded, self.model_config.num_layers)
+
+        with open_weights(config, self._shard, dtype=self.dtype, device=self.device) as checkpoint:
+            return Decoder(
+                self._shard,
+                checkpoint,
+                self.lanes,
+                attention,
+                peers=self._peers,
+                max_len=self.max_model_len,
+                dtype=self.dtype,
+                device=self.device,
+                quantization=config.quantization,
+                on_layer=count_layer,
+            )
+
     def _size_kv_cache(self, config: EngineConfig) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""
-        c = self.model_config
+        c = self._shard.own
         per_layer = 2 * c.num_kv_heads * c.head_dim * config.block_size * self.dtype.itemsize
         demand = KvDemand(
             block_bytes=c.num_layers * per_layer,
@@ -189,10 +205,12 @@ class ModelRunner:
             may_shorten=config.max_model_len is None,
             num_blocks=config.num_kv_blocks,
         )
-        budget = MemoryBudget(limit=config.kv_cache_bytes, origin="--kv-cache-bytes")
+        budget = MemoryBudget(limit=config.kv_cache_bytes // self._shard.size, origin="--kv-cache-bytes")
         if self.device.type == "cuda":
             parts = [("adapter lanes", self.lanes.nbytes)]
             budget = gpu_budget(self.device, config.gpu_memory_utilization, parts=parts)
+        if self._peers is not None:
+            budget = replace(budget, limit=self._peers.smallest(budget.limit))  # all ranks plan the same
         plan = plan_kv_cache(budget, demand)
         if plan.max_model_len < self.max_model_len:
             logger.warning("context limited to %d tokens by the KV cache: %s", plan.max_model_len, budget)
@@ -230,7 +248,12 @@ def _attention(model: ModelConfig, block_size: int, dtype: torch.dtype, device: 
     return CpuAttention(shape) if supports(shape) else TorchAttention(shape)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `--device` means on this machine.
+
+    Raises:
+        InvalidConfig: there is none of that name.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

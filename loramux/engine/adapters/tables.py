@@ -18,6 +18,7 @@ from loramux.engine.kernels.lora import OutputGain
 from loramux.engine.kernels.tables import TableChange, TokenRows
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
 from loramux.engine.models.weights import Checkpoint, head_weight
+from loramux.engine.parallel.shard import Shard
 from loramux.engine.types import LoraSite, TableTensor
 
 _SLICE_ROWS = 2048  # of a weight that are expanded to float32 at the same time
@@ -116,29 +117,28 @@ def table_weight(module: str, config: ModelConfig, base: Checkpoint) -> str:
 
 
 def gains_by_site(
-    gains: dict[str, Tensor], config: ModelConfig, base: Checkpoint, dtype: torch.dtype
+    gains: dict[str, Tensor], shard: Shard, base: Checkpoint, dtype: torch.dtype
 ) -> dict[int, OutputGain]:
-    """Gains by module in float32 → gains by fused site in the model's dtype."""
+    """Gains by module, of all features in float32 → gains by fused site, of this rank's in `dtype`."""
     found = {}
-    for layer in range(config.num_layers):
-        prefix = config.layer_prefix(layer)
-        for index, site in enumerate(config.sites):
-            own = [gains.get(prefix + part.module) for part in site.parts]
-            if all(gain is None for gain in own):
+    for layer in range(shard.own.num_layers):
+        prefix = shard.own.layer_prefix(layer)
+        for index, (site, whole) in enumerate(zip(shard.own.sites, shard.whole.sites, strict=True)):
+            names = [prefix + part.module for part in site.parts]
+            if not any(name in gains for name in names):
                 continue
             gain = torch.cat(
                 [
-                    torch.ones(part.out_features) if known is None else known
-                    for part, known in zip(site.parts, own, strict=True)
+                    gains[name][shard.rows(name)] if name in gains else torch.ones(part.out_features)
+                    for name, part in zip(names, site.parts, strict=True)
                 ]
             )
             offset = None
             if site.bias:
-                names = [f"{prefix}{part.module}.bias" for part in site.parts]
                 biases = [
-                    base.take(name, (part.out_features,))
-                    for name, part in zip(names, site.parts, strict=True)
+                    base.take(f"{name}.bias", (part.out_features,))[shard.rows(name)]
+                    for name, part in zip(names, whole.parts, strict=True)
                 ]
                 offset = ((1 - gain) * torch.cat(biases).float()).to(dtype)
-            found[layer * len(config.sites) + index] = OutputGain(gain.to(dtype), offset)
+            found[layer * len(shard.own.sites) + index] = OutputGain(gain.to(dtype), offset)
     return found

@@ -30,6 +30,7 @@ from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.kernels.tables import AdapterTables, TableChange
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
 from loramux.engine.models.weights import BaseWeights, Checkpoint
+from loramux.engine.parallel.shard import Shard
 from loramux.engine.types import AdapterSpec, LoraModule, LoraSite
 
 
@@ -110,10 +111,8 @@ class LanePool:
                     b[rank:].zero_()
 
 
-def read_adapter(
-    spec: AdapterSpec, config: ModelConfig, dtype: torch.dtype, base: BaseWeights
-) -> HostAdapter:
-    """Read an inspected adapter into host memory, in the dtype of the lanes.
+def read_adapter(spec: AdapterSpec, shard: Shard, dtype: torch.dtype, base: BaseWeights) -> HostAdapter:
+    """Read this rank's part of an inspected adapter into host memory, in the dtype of the lanes.
 
     Raises:
         AdapterNotFound: a file is gone since the inspection.
@@ -124,7 +123,7 @@ def read_adapter(
         table.kind == "copy" for table in spec.tables
     )
     with AdapterFiles(spec) as files, base.open() if needs_base else nullcontext() as checkpoint:
-        return _Reader(spec, config, dtype, files, checkpoint).read()
+        return _Reader(spec, shard, dtype, files, checkpoint).read()
 
 
 class _Reader:
@@ -133,20 +132,21 @@ class _Reader:
     def __init__(
         self,
         spec: AdapterSpec,
-        config: ModelConfig,
+        shard: Shard,
         dtype: torch.dtype,
         files: AdapterFiles,
         checkpoint: Checkpoint | None,
     ) -> None:
         self._spec = spec
-        self._config = config
+        self._shard = shard
+        self._config = shard.whole
         self._dtype = dtype
         self._files = files
         self._checkpoint = checkpoint
-        self._sites = config.lora_sites()
+        self._sites = shard.whole.lora_sites()
 
     def read(self) -> HostAdapter:
-        spec, config = self._spec, self._config
+        spec, config, shard = self._spec, self._config, self._shard
         modules: dict[str, ModuleWeights] = {}
         tables: dict[str, TableChange] = {}
         gains: dict[str, Tensor] = {}
@@ -161,13 +161,14 @@ class _Reader:
         site_gains = {}
         if self._checkpoint is not None:
             check_copies(spec.tables, self._files, self._sites, config, self._checkpoint)
-            site_gains = gains_by_site(gains, config, self._checkpoint, self._dtype)
+            site_gains = gains_by_site(gains, shard, self._checkpoint, self._dtype)
         changes = table_changes(spec.tables, self._files, self._sites, tables, self._dtype)
-        own = AdapterTables(site_gains, changes.get(config.embedding_module), changes.get(HEAD_MODULE))
+        head = changes.get(HEAD_MODULE) if shard.rank == 0 else None  # which has the logits
+        own = AdapterTables(site_gains, changes.get(config.embedding_module), head)
         return HostAdapter(spec.digest, spec.rank, modules, own)
 
     def _module(self, module: LoraModule) -> tuple[ModuleWeights, Tensor | None]:
-        """A and B in host form, and DoRA's gain in float32."""
+        """A and B in host form, this rank's features; and DoRA's gain of all features, in float32."""
         site = self._sites[module.module]
         stored_a = self._files.get(module.a, (module.rank, site.in_features))
         b = self._files.get(module.b, (site.out_features, module.rank)).float() * module.scale
@@ -175,6 +176,9 @@ class _Reader:
         if module.magnitude is not None:
             gain = self._gain(module, site, stored_a.float(), b)
             b *= gain[:, None]
+        if not site.is_table:
+            stored_a = stored_a[:, self._shard.columns(module.module)]
+            b = b[self._shard.rows(module.module)]
         a = check_finite(stored_a.to(self._dtype, copy=True), f"tensor {module.a.key}")
         b = check_finite(b.t().contiguous().to(self._dtype), f"tensor {module.b.key}")
         return ModuleWeights(a, b), gain

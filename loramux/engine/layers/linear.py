@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
 from loramux.engine.layers.fp8_linear import Fp8Linear, check_fp8
+from loramux.engine.parallel.peers import Peers
 
 
 class BaseLinear(Protocol):
@@ -54,20 +55,25 @@ class Linear:
 
 
 class LoraLinear:
-    """A fused site of the base model with the lanes of the resident adapters beside it."""
+    """A fused site of the base model with the lanes of the resident adapters beside it.
 
-    __slots__ = ("lanes", "linear")
+    Where a site is cut by its input features, each rank of a tensor-parallel engine has one term of the
+    output, the adapters' part included, and what is returned is the sum.
+    """
 
-    def __init__(self, linear: BaseLinear, lanes: SiteLanes | None) -> None:
+    __slots__ = ("lanes", "linear", "peers")
+
+    def __init__(self, linear: BaseLinear, lanes: SiteLanes | None, peers: Peers | None = None) -> None:
         self.linear = linear
         self.lanes = lanes  # None on a server without LoRA
+        self.peers = peers  # ranks that hold the other input features; None = all are here
 
     def __call__(self, x: Tensor, lora: LoraInput | None) -> Tensor:
         """The base output plus what each token's adapter adds; base-only steps pay nothing."""
         out = self.linear(x)
         if lora is not None and self.lanes is not None:
             apply_lora(out, x, self.lanes, lora)
-        return out
+        return out if self.peers is None else self.peers.add(out)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, quantization: str | None) -> BaseLinear:

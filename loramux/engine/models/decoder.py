@@ -23,9 +23,12 @@ from loramux.engine.layers.activation import Activation
 from loramux.engine.layers.linear import BaseLinear, Linear, LoraLinear, make_linear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
 from loramux.engine.layers.rotary import Rotary
+from loramux.engine.layers.vocabulary import Embedding, ShardedEmbedding, ShardedHead
 from loramux.engine.model_input import ModelInput
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig, Site
 from loramux.engine.models.weights import WeightSource, head_weight
+from loramux.engine.parallel.peers import Peers
+from loramux.engine.parallel.shard import SUMMED_SITES, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +48,12 @@ class Decoder:
 
     def __init__(
         self,
-        config: ModelConfig,
+        shard: Shard,
         checkpoint: WeightSource,
         lanes: LanePool,
         attention: Attention,
         *,
+        peers: Peers | None = None,
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -59,17 +63,22 @@ class Decoder:
         """Read the weights.
 
         Args:
+            shard: the part of the model that this rank computes.
+            lanes, attention: for that part.
+            peers: the other ranks; None if there are none.
             quantization: form of the layers' weights; embedding and head stay in `dtype`.
             on_layer: called after each layer, for a progress bar.
 
         Raises:
             UnsupportedModel: a tensor is missing, has another shape, or has no place here.
         """
-        self.config = config
+        self.config = config = shard.own
         self._attention = attention
-        self._load = _WeightLoader(config, checkpoint, quantization)
-        embed = (config.vocab_size, config.embed_dim)
-        self._embedding = checkpoint.take(f"{config.embedding_module}.weight", embed)
+        self._load = _WeightLoader(config, checkpoint, quantization, peers)
+        embedding = self._load.vocabulary(f"{config.embedding_module}.weight", shard.vocab_per_rank)
+        self._embedding = (
+            Embedding(embedding) if peers is None else ShardedEmbedding(embedding, shard.first_token, peers)
+        )
         self._project_in, self._project_out = self._load.projections()
         self._rotary: Rotary | None = None
         self._positions: Tensor | None = None
@@ -86,7 +95,8 @@ class Decoder:
         self._norm = self._load.norm(f"{config.root}.{config.norm_names[2]}") if config.final_norm else None
         name = head_weight(config, checkpoint)
         is_tied = name != f"{HEAD_MODULE}.weight"
-        self._lm_head = Linear(self._embedding if is_tied else checkpoint.take(name, embed))
+        head = Linear(embedding if is_tied else self._load.vocabulary(name, shard.vocab_per_rank))
+        self._lm_head = head if peers is None else ShardedHead(head, shard.whole.vocab_size, peers)
         checkpoint.check_all_used(may_remain=(f"{HEAD_MODULE}.weight",))
         self._activation = Activation(config.activation, is_gated=config.gated_mlp)
 
@@ -114,13 +124,13 @@ class Decoder:
         return self._project_out(x) if self._project_out is not None else x
 
     def logits(self, hidden: Tensor, tables: list[TableSegment]) -> Tensor:
-        """[num_rows, embed_dim] → [num_rows, vocab_size] in the model's dtype."""
+        """[num_rows, embed_dim] → [num_rows, vocabulary] in the model's dtype, the whole vocabulary's."""
         logits = self._lm_head(hidden)
         change_logits(logits, hidden, tables)
         return logits
 
     def _embed(self, batch: ModelInput) -> Tensor:
-        x = functional.embedding(batch.token_ids, self._embedding)
+        x = self._embedding(batch.token_ids)
         change_embedding(x, batch.token_ids, batch.tables)
         if self._project_in is not None:
             x = self._project_in(x)
@@ -165,16 +175,30 @@ class Decoder:
 class _WeightLoader:
     """Builds layers from a checkpoint."""
 
-    def __init__(self, config: ModelConfig, checkpoint: WeightSource, quantization: str | None) -> None:
+    def __init__(
+        self, config: ModelConfig, checkpoint: WeightSource, quantization: str | None, peers: Peers | None
+    ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._quantization = quantization
+        self._peers = peers
+
+    def vocabulary(self, name: str, num_rows: int) -> Tensor:
+        """This rank's rows of the embedding or the head, [num_rows, embed_dim]; rows beyond them are 0."""
+        weight = self._checkpoint.take(name, (self._config.vocab_size, self._config.embed_dim))
+        missing = num_rows - weight.shape[0]
+        return functional.pad(weight, (0, 0, 0, missing)) if missing else weight
 
     def layer(self, index: int, lanes: LanePool) -> _Layer:
         c = self._config
         prefix = c.layer_prefix(index)
         qkv, attn_out, mlp_in, mlp_out = (
-            LoraLinear(self._site(prefix, site), lanes.site(index, site.name)) for site in c.sites
+            LoraLinear(
+                self._site(prefix, site),
+                lanes.site(index, site.name),
+                self._peers if site.name in SUMMED_SITES else None,
+            )
+            for site in c.sites
         )
         return _Layer(
             norm_1=self.norm(prefix + c.norm_names[0]),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from loramux.engine.config import EngineConfig
 from loramux.engine.errors import AdapterIncompatible, UnsupportedModel
 from loramux.engine.models.dummy_weights import DummyWeights
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
+from loramux.engine.parallel.shard import Piece, Shard
 
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
@@ -56,14 +57,26 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """The tensors of a model folder; memory-mapped, read one by one, each once."""
+    """The tensors of a model folder; memory-mapped, read one by one, each once.
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        pieces: of some tensors, by name, the part to read; `shape` is the part's everywhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        pieces: Mapping[str, Piece] = MappingProxyType({}),
+    ) -> None:
+        self._pieces = pieces
         self._dtype = dtype
         self._device = device
         self._files = {}
         self._where: dict[str, Path] = {}
-        self._used: set[str] = set()
+        self._used: set[str] = set()  # tensors that have a place, here or on another rank
         for path in _weight_files(folder):
             try:
                 handle: Any = safe_open(path, framework="pt")
@@ -71,6 +84,7 @@ class Checkpoint:
                 raise UnsupportedModel(f"{path} cannot be read: {error}", param="model") from None
             self._files[path] = handle
             self._where.update(dict.fromkeys(handle.keys(), path))
+        self._used.update(stored for name in pieces if (stored := self._resolve(name)) is not None)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -113,13 +127,17 @@ class Checkpoint:
         stored = self._resolve(name)
         if stored is None:
             raise UnsupportedModel(f"the checkpoint lacks the tensor {name}", param="model")
-        tensor: Tensor = self._files[self._where[stored]].get_tensor(stored)
-        if tuple(tensor.shape) != shape:
+        lazy = self._files[self._where[stored]].get_slice(stored)
+        found, piece = tuple(lazy.get_shape()), self._pieces.get(name)
+        if found != (piece.shape if piece else shape):
             raise UnsupportedModel(
-                f"tensor {stored} has shape {list(tensor.shape)}, config.json implies {list(shape)}",
+                f"tensor {stored} has shape {list(found)}, config.json implies"
+                f" {list(piece.shape if piece else shape)}",
                 param="model",
             )
         self._used.add(stored)
+        tensor: Tensor = lazy[piece.index] if piece else self._files[self._where[stored]].get_tensor(stored)
+        assert tuple(tensor.shape) == shape
         return tensor
 
     def _resolve(self, name: str) -> str | None:
@@ -132,17 +150,17 @@ class Checkpoint:
 
 @contextmanager
 def open_weights(
-    config: EngineConfig, model: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    config: EngineConfig, shard: Shard, *, dtype: torch.dtype, device: torch.device
 ) -> Iterator[WeightSource]:
-    """The model's tensors, as `--load-format` says.
+    """The tensors of this rank's part of the model, as `--load-format` says.
 
     Raises:
         UnsupportedModel: the folder's weights cannot be read.
     """
     if config.load_format == "dummy":
-        yield DummyWeights(model, dtype=dtype, device=device, seed=config.seed)
+        yield DummyWeights(shard.own, dtype=dtype, device=device, seed=config.seed)
         return
-    with Checkpoint(Path(config.model), dtype=dtype, device=device) as checkpoint:
+    with Checkpoint(Path(config.model), dtype=dtype, device=device, pieces=shard.pieces) as checkpoint:
         yield checkpoint
 
 

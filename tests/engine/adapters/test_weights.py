@@ -13,6 +13,7 @@ from loramux.engine.adapters.weights import LanePool, read_adapter
 from loramux.engine.errors import AdapterIncompatible, AdapterNotFound
 from loramux.engine.models.families import ModelConfig, load_model_config
 from loramux.engine.models.weights import BaseWeights
+from loramux.engine.parallel.shard import whole_model
 from loramux.engine.types import AdapterSpec
 from loramux.resolvers.inspect import inspect_adapter
 from tests.adapter_files import random_tensors, safetensors_bytes, write_adapter
@@ -45,9 +46,11 @@ def spec(config: ModelConfig, tmp_path: Path) -> AdapterSpec:
 def test_scale_is_folded_into_b_and_a_is_as_stored(
     config: ModelConfig, base: BaseWeights, spec: AdapterSpec
 ) -> None:
-    adapter = read_adapter(spec, config, torch.float32, base)
+    adapter = read_adapter(spec, whole_model(config), torch.float32, base)
     twice = [msgspec.structs.replace(module, scale=2 * module.scale) for module in spec.modules]
-    doubled = read_adapter(msgspec.structs.replace(spec, modules=twice), config, torch.float32, base)
+    doubled = read_adapter(
+        msgspec.structs.replace(spec, modules=twice), whole_model(config), torch.float32, base
+    )
 
     name = "model.layers.0.self_attn.q_proj"
     assert adapter.modules[name].a.shape == (4, config.hidden_size)
@@ -65,7 +68,7 @@ def test_file_rewritten_after_the_inspection_is_refused(
     os.utime(file, ns=(0, 0))
 
     with pytest.raises(AdapterIncompatible, match="changed while it was being loaded"):
-        read_adapter(spec, config, torch.float32, base)
+        read_adapter(spec, whole_model(config), torch.float32, base)
 
 
 def test_folder_gone_after_the_inspection_is_refused(
@@ -74,13 +77,13 @@ def test_folder_gone_after_the_inspection_is_refused(
     (Path(spec.path) / "adapter_model.safetensors").unlink()
 
     with pytest.raises(AdapterNotFound, match="its files are gone"):
-        read_adapter(spec, config, torch.float32, base)
+        read_adapter(spec, whole_model(config), torch.float32, base)
 
 
 def test_host_weights_do_not_follow_a_file_that_is_overwritten_later(
     config: ModelConfig, base: BaseWeights, spec: AdapterSpec
 ) -> None:
-    adapter = read_adapter(spec, config, torch.float32, base)
+    adapter = read_adapter(spec, whole_model(config), torch.float32, base)
     before = {name: (module.a.clone(), module.b.clone()) for name, module in adapter.modules.items()}
     file = Path(spec.path) / "adapter_model.safetensors"
 
@@ -110,7 +113,7 @@ def test_number_that_is_not_finite_in_the_lanes_dtype_is_refused(
     spec = inspect_adapter(folder, sites, max_lora_rank=64)
 
     with pytest.raises(AdapterIncompatible, match="not finite"):
-        read_adapter(spec, config, torch.float16, base)
+        read_adapter(spec, whole_model(config), torch.float16, base)
 
 
 def test_lanes_of_a_former_adapter_leave_no_trace(
@@ -123,7 +126,7 @@ def test_lanes_of_a_former_adapter_leave_no_trace(
     assert site is not None
     for tensor in (site.a, *site.b):
         tensor.fill_(7.0)
-    adapter = read_adapter(spec, config, torch.float32, base)
+    adapter = read_adapter(spec, whole_model(config), torch.float32, base)
 
     pool.write(adapter, LaneSpan(8, 8, 4))
     fresh.write(adapter, LaneSpan(8, 8, 4))

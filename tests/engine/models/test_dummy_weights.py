@@ -13,6 +13,7 @@ from loramux.engine.core import Engine
 from loramux.engine.errors import AdapterIncompatible, InvalidConfig
 from loramux.engine.models.families import load_model_config
 from loramux.engine.models.weights import BaseWeights, open_weights
+from loramux.engine.parallel.shard import whole_model
 from loramux.engine.types import Request, TokenSampling
 from tests.tiny_models import FAMILIES, make_tiny
 
@@ -59,7 +60,7 @@ def test_tensors_do_not_depend_on_the_order_but_on_seed_and_name(tmp_path: Path)
 
     def weights(seed: int, *names: str) -> list[torch.Tensor]:
         config = EngineConfig(model=str(folder), load_format="dummy", seed=seed)
-        with open_weights(config, model, dtype=torch.float32, device=CPU) as source:
+        with open_weights(config, whole_model(model), dtype=torch.float32, device=CPU) as source:
             return [source.take(name, (40, 30)) for name in names]
 
     a, b = weights(0, "a.weight", "b.weight")
@@ -91,7 +92,7 @@ def test_the_parts_of_a_site_are_read_into_their_place(tmp_path: Path) -> None:
     config = EngineConfig(model=str(folder))
     whole = torch.zeros(48, 48)
 
-    with open_weights(config, model, dtype=torch.float32, device=CPU) as source:
+    with open_weights(config, whole_model(model), dtype=torch.float32, device=CPU) as source:
         source.fill(whole[8:32], "model.layers.0.self_attn.k_proj.weight")
         taken = source.take("model.layers.0.self_attn.k_proj.weight", (24, 48))
 
