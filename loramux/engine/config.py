@@ -34,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None  # folder with tokenizer.json, for grammars; None = the model's
     grammar_compile_timeout_s: float = 10.0  # one grammar; its request fails
     scheduling_policy: str = "fcfs"  # fcfs | priority
+    async_scheduling: bool | None = None  # plan a step while the last one runs; None = on a GPU
     seed: int = 0  # for requests that bring none
     num_threads: int | None = None  # CPU compute threads; None = one a physical core
     enable_lora: bool = False

@@ -1,4 +1,7 @@
-"""The engine: a scheduler that decides and a runner that computes, one step at a time.
+"""The engine: a scheduler that decides and a runner that computes, step by step.
+
+With asynchronous scheduling the next step is planned and queued while the device computes the last one,
+so that the device never waits for the host; without it, each step is awaited at once.
 
 `Engine` knows nothing of processes or sockets. The server drives it through `process.py`; the
 offline `LLM` and the tests call it directly.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from loramux.engine.grammar import PARAM
 from loramux.engine.grammar_compiler import GrammarCompiler
 from loramux.engine.model_runner import ModelRunner
 from loramux.engine.scheduler import Scheduler
+from loramux.engine.step import RunningStep, ScheduledBatch
 from loramux.engine.tally import Tally, resident_bytes
 from loramux.engine.types import (
     STEP_TOKENS_BOUNDS,
@@ -88,6 +93,8 @@ class Engine:
         self.grammars = GrammarCompiler(
             Path(config.tokenizer or config.model).expanduser(), timeout_s=config.grammar_compile_timeout_s
         )
+        self._running: deque[tuple[ScheduledBatch, RunningStep]] = deque()  # oldest first
+        self._max_running = 1 if self.runner.runs_ahead else 0  # steps left running when `step` returns
         self._close = weakref.finalize(self, _close, self.residency.loader, self.grammars)
         self._failures: list[tuple[str, LoramuxError]] = []
         self.info = self._describe(time.monotonic() - started)
@@ -135,7 +142,7 @@ class Engine:
         return self.scheduler.has_work()
 
     def step(self) -> list[SequenceOutput]:
-        """Run one batch: at most one forward pass, at most one new token a sequence.
+        """Start one batch and await one: at most one forward pass, at most one new token a sequence.
 
         When every sequence waits for an adapter or a grammar, sleeps a moment for those instead.
         """
@@ -143,15 +150,25 @@ class Engine:
         for request_id, error in self.grammars.advance():  # grammars that are compiled
             self._fail(request_id, error)
         batch = self.scheduler.schedule(time.monotonic())  # who runs, with which blocks and lanes
-        if batch is None:
-            if self.scheduler.has_work():
-                self.residency.advance()  # the scheduler may just have asked for an adapter
-                self.grammars.wait(STALLED_WAIT_S, self.residency.wake_fd)
+        if batch is not None:
+            step = self.runner.launch(batch, self.grammars.tokenizer)  # the only call that computes
+            self._running.append((batch, step))
+            self._step_tokens.add(sum(item.count for item in batch.sequences))
+            if len(self._running) <= self._max_running:
+                return []  # the device is busy: time to plan the next step
+        if not self._running:
+            self._wait()
             return []
-        result = self.runner.execute(batch, self.grammars.tokenizer)  # the only call that computes
-        self._step_tokens.add(sum(item.count for item in batch.sequences))
+        batch, step = self._running.popleft()
+        result = step.result()
         self._failures += [(id_, InvalidRequest(why, param=PARAM)) for id_, why in result.failed.items()]
         return self.scheduler.update(batch, result, time.monotonic())  # append, finish, release
+
+    def _wait(self) -> None:
+        """Nothing runs and nothing can: let adapters and grammars come."""
+        if self.scheduler.has_work():
+            self.residency.advance()  # the scheduler may just have asked for an adapter
+            self.grammars.wait(STALLED_WAIT_S, self.residency.wake_fd)
 
     def take_failures(self) -> list[tuple[str, LoramuxError]]:
         """Sequences that ended because their adapter or their grammar failed, since the last call."""

@@ -12,8 +12,8 @@ from llguidance import LLTokenizer
 
 from loramux.engine.grammar import FilledMasks, GrammarMasks, MaskRow
 from loramux.engine.layers.sampler import TokenMask
-from loramux.engine.scheduler import ScheduledSequence
 from loramux.engine.sequence import Sequence
+from loramux.engine.step import ScheduledSequence
 
 MAX_THREADS: Final = 8
 IMPOSSIBLE: Final = "the grammar allows no token that allowed_token_ids, bad_words and min_tokens leave"

@@ -19,7 +19,7 @@ from loramux.engine.kernels.cpu.dtypes import Ints
 from loramux.engine.kernels.cpu.lora import Floats
 from loramux.engine.kernels.lora import GainSegment, LoraInput, Segment, plan_lora
 from loramux.engine.kernels.tables import AdapterTables, TableSegment
-from loramux.engine.scheduler import ScheduledBatch, ScheduledSequence
+from loramux.engine.step import SampledToken, ScheduledBatch, ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,16 @@ class InputBuilder:
         self._device = device
 
     def build(
-        self, batch: ScheduledBatch, tables: Mapping[str, AdapterTables] = MappingProxyType({})
+        self,
+        batch: ScheduledBatch,
+        tables: Mapping[str, AdapterTables] = MappingProxyType({}),
+        last: Mapping[str, SampledToken] = MappingProxyType({}),
     ) -> ModelInput:
         """The tensors of one step.
 
         Args:
             tables: of the adapters on the device that have some, by digest
+            last: what the step before sampled, by request id; sequences may not know of it yet
         """
         order = sorted(batch.sequences, key=lambda s: (s.count > 1, s.seq.lanes.first if s.seq.lanes else -1))
         starts = np.array([s.start for s in order], dtype=np.int64)
@@ -70,7 +74,12 @@ class InputBuilder:
         owner = np.repeat(np.arange(len(order)), counts)
         positions = np.arange(offsets[-1]) - offsets[:-1][owner] + starts[owner]
         token_ids = np.concatenate(
-            [np.array(s.seq.token_ids[s.start : s.end], dtype=np.int64) for s in order]
+            [
+                np.array(
+                    s.seq.token_ids[s.start : s.end] or [last[s.seq.request_id].token_id], dtype=np.int64
+                )
+                for s in order
+            ]
         )
         blocks = [np.array(s.seq.block_ids, dtype=np.int64) for s in order]
         num_decode = int((counts == 1).sum())
@@ -154,7 +163,7 @@ def _wanted_logits(order: list[ScheduledSequence], offsets: Ints) -> tuple[Ints,
     rows: list[tuple[int, int]] = []
     total = 0
     for item, begin, end in zip(order, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        first = begin if item.seq.wants_prompt_logprobs else (end - 1 if item.samples else end)
+        first = begin if item.wants_prompt_logprobs else (end - 1 if item.samples else end)
         wanted.append(np.arange(first, end, dtype=np.int64))
         rows.append((total, total + end - first))
         total += end - first

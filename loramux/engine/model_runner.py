@@ -1,39 +1,35 @@
-"""One device: weights, KV cache and lanes. `execute` is the only call of a step that computes."""
+"""One device: weights, KV cache and lanes. `launch` is the only call of a step that computes."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from llguidance import LLTokenizer
-from torch import Tensor
 
 from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
-from loramux.engine.grammar_step import IMPOSSIBLE, GrammarStep, StepMasks
 from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
 from loramux.engine.kernels.cpu.backend import CpuAttention, supports
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
 from loramux.engine.layers.linear import check_quantization
-from loramux.engine.layers.sampler import SamplingRow, sample, token_logprobs
 from loramux.engine.memory_profile import gpu_budget
-from loramux.engine.model_input import InputBuilder, ModelInput
+from loramux.engine.model_input import InputBuilder
 from loramux.engine.models.decoder import Decoder
 from loramux.engine.models.families import ModelConfig, load_model_config
 from loramux.engine.models.weights import BaseWeights, open_weights
 from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import shard_model
-from loramux.engine.scheduler import SampledToken, ScheduledBatch, StepResult
-from loramux.engine.sequence import Sequence
-from loramux.engine.types import AdapterSpec, TokenLogprobs
+from loramux.engine.step import RunningStep, ScheduledBatch
+from loramux.engine.torch_step import TorchSteps
+from loramux.engine.types import AdapterSpec
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +63,9 @@ class ModelRunner:
             torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
+        self.runs_ahead = (
+            self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+        )
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
         if lane_dtype != self.dtype:
@@ -81,15 +80,14 @@ class ModelRunner:
         self._caches = [
             attention.empty_cache(self.num_kv_blocks) for _ in range(self.model_config.num_layers)
         ]
-        self._builder = InputBuilder(
+        builder = InputBuilder(
             attention=attention,
             needs_lengths=self.model.needs_lengths,
             lora_scratch=self.lanes.scratch,
             dtype=self.dtype,
             device=self.device,
         )
-        self._random = random.Random(config.seed)
-        self._grammars = GrammarStep(self.model_config.vocab_size)
+        self._steps = TorchSteps(self.model, self._caches, builder, seed=config.seed)
 
     @torch.inference_mode()
     def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
@@ -118,54 +116,13 @@ class ModelRunner:
         return sum(tables.nbytes for tables in list(self.tables.values()))
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch, tokenizer: LLTokenizer | None = None) -> StepResult:
-        """Run the model once and sample.
+    def launch(self, batch: ScheduledBatch, tokenizer: LLTokenizer | None = None) -> RunningStep:
+        """Start a step: run the model once and sample. At most one step before it may still run.
 
         Args:
             tokenizer: of the grammars; needed if a sequence of the batch has one.
         """
-        inputs = self._builder.build(batch, self.tables)
-        masks = self._grammars.begin(inputs.order, tokenizer)  # computed beside the model
-        hidden = self.model.forward(inputs, self._caches)
-        if not len(hidden):
-            return StepResult({})  # every sequence is in the middle of its prompt
-        logits = self.model.logits(hidden, inputs.tables)
-        prompt_logprobs = _prompt_logprobs(logits, inputs)
-        return self._sample(logits, inputs, masks.result() if masks else None, prompt_logprobs)
-
-    def _seed(self, seq: Sequence) -> int:
-        """The sequence's own seed; one that brought none gets one, which survives a preemption."""
-        if seq.seed is None:
-            seq.seed = self._random.getrandbits(64)
-        return seq.seed & 0xFFFFFFFFFFFFFFFF
-
-    def _sample(
-        self,
-        logits: Tensor,
-        inputs: ModelInput,
-        masks: StepMasks | None,
-        prompt_logprobs: dict[str, list[TokenLogprobs]],
-    ) -> StepResult:
-        pairs = [
-            (item.seq, rows[1] - 1)
-            for item, rows in zip(inputs.order, inputs.logits_rows, strict=True)
-            if item.samples
-        ]
-        if not pairs:
-            return StepResult({}, prompt_logprobs)
-        index = [row for _, row in pairs]
-        picked = logits if len(index) == logits.shape[0] else logits[index]
-        rows = [SamplingRow(seq.sampling, self._seed(seq), seq.token_ids, seq.num_prompt) for seq, _ in pairs]
-        mask = masks.token_mask([seq for seq, _ in pairs], picked.device) if masks else None
-        out = sample(picked, rows, mask)
-        sampled = {
-            seq.request_id: SampledToken(token, logprobs)
-            for (seq, _), token, logprobs in zip(pairs, out.token_ids, out.logprobs, strict=True)
-        }
-        if masks is None:
-            return StepResult(sampled, prompt_logprobs)
-        failed = {pairs[row][0].request_id: IMPOSSIBLE for row in out.impossible} | masks.failed
-        return StepResult(sampled, prompt_logprobs, masks.ended, failed)
+        return self._steps.launch(batch, self.tables, tokenizer)
 
     @torch.inference_mode()
     def _load_model(
@@ -220,18 +177,6 @@ class ModelRunner:
             "KV cache: %d blocks of %d tokens, %s; %s", plan.num_blocks, config.block_size, size, budget
         )
         return plan.num_blocks
-
-
-def _prompt_logprobs(logits: Tensor, inputs: ModelInput) -> dict[str, list[TokenLogprobs]]:
-    found = {}
-    for item, (begin, end) in zip(inputs.order, inputs.logits_rows, strict=True):
-        seq = item.seq
-        if seq.wants_prompt_logprobs:
-            targets = seq.token_ids[item.start + 1 : item.end + 1]  # one fewer where the prompt ends
-            num_top = seq.sampling.prompt_logprobs or 0
-            found[seq.request_id] = token_logprobs(logits[begin : begin + len(targets)], targets, num_top)
-            assert end - begin == item.count
-    return found
 
 
 def _attention(model: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> Attention:

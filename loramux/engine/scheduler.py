@@ -11,7 +11,12 @@ that others go ahead, and its adapter is fetched meanwhile; so are those of the 
 queue. Once one has been deferred for `MAX_DEFERRAL_S`, no other adapter is admitted before it, so
 that lanes drain and it cannot starve.
 
-Blocks, lanes and leases are released in one place: `_release`, which `_finish` and `_preempt` share.
+A step may be planned while another one runs: each sequence is taken to yield the token that it samples
+there. What is needed of that token, or would be taken from a running sequence, waits until the step is
+done: then `schedule` plans nothing. A sequence that turns out to have ended leaves when the last step
+that computes it is done, and what that step sampled for it is dropped.
+
+Blocks, lanes and leases are released in one place: `_release`, which `_leave` and `_preempt` share.
 """
 
 from __future__ import annotations
@@ -19,61 +24,16 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import deque
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
 
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager, hash_block, prefix_seed
 from loramux.engine.grammar import GrammarMatcher
 from loramux.engine.sequence import Sequence, SequenceStatus
-from loramux.engine.types import Request, SequenceOutput, SequenceTiming, TokenLogprobs
+from loramux.engine.step import ScheduledBatch, ScheduledSequence, StepResult, output_of
+from loramux.engine.types import Request, SequenceOutput
 
 MAX_DEFERRAL_S = 2.0
 LOOK_AHEAD = 16  # waiting sequences beyond the admitted ones whose adapters are fetched already
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """A sequence and the tokens of it that this step computes."""
-
-    seq: Sequence
-    start: int  # first token to compute
-    count: int
-
-    @property
-    def end(self) -> int:
-        """One past the last token to compute."""
-        return self.start + self.count
-
-    @property
-    def samples(self) -> bool:
-        """True if the step produces a new token for it."""
-        return self.end == self.seq.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """One step's choice."""
-
-    sequences: list[ScheduledSequence]
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What the runner returns for a sequence that sampled."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the runner returns for a batch, by request id."""
-
-    sampled: dict[str, SampledToken]
-    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    ended: Set[str] = frozenset()  # sampled nothing: their grammar is complete
-    failed: Mapping[str, str] = field(default_factory=dict)  # sampled nothing: no token was possible; why
 
 
 class Scheduler:
@@ -101,14 +61,16 @@ class Scheduler:
         self.shared_prefix_limit = shared_prefix_limit
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.leaving: list[Sequence] = []  # ended, but a step still computes them
+        self.num_steps_running = 0  # scheduled and not yet updated
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
         self._by_id: dict[str, Sequence] = {}
 
     def has_work(self) -> bool:
-        """True while any sequence is waiting or running."""
-        return bool(self._by_id)
+        """True while any sequence is waiting or running, or any step is."""
+        return bool(self._by_id) or self.num_steps_running > 0
 
     def add(self, request: Request, now: float, matcher: GrammarMatcher | None = None) -> None:
         """Queue a request; its adapter must be loaded. It starts when `matcher` is ready, if it has one."""
@@ -133,36 +95,51 @@ class Scheduler:
         return [seq.request_id for seq in failed]
 
     def schedule(self, now: float) -> ScheduledBatch | None:
-        """Choose the next step; None when nothing can run."""
+        """Choose the next step; None when nothing can run, or not before the running step is done."""
+        if any(seq.num_pending and seq.reads_output for seq in self.running):
+            return None
         budget = self.max_num_batched_tokens
-        chosen: list[ScheduledSequence] = []
+        chosen: list[tuple[Sequence, int]] = []
         preempted = False
         for seq in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed > 1):
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # preempted a moment ago to make room for another
             count = min(seq.num_tokens - seq.num_computed, budget)
-            if count == 0:
+            if count == 0 or (
+                seq.num_pending and seq.num_output + seq.num_pending >= seq.sampling.max_tokens
+            ):
                 continue
-            preempted |= not self._has_room(seq, seq.num_computed + count)
+            end = seq.num_computed + count
+            if self.num_steps_running and self._blocks_missing(seq, end) > self.blocks.num_free:
+                return None  # nobody is preempted while a step computes it
+            preempted |= not self._has_room(seq, end)
             if seq.status is SequenceStatus.RUNNING:
-                chosen.append(ScheduledSequence(seq, seq.num_computed, count))
+                chosen.append((seq, count))
                 budget -= count
-        chosen = [item for item in chosen if item.seq.status is SequenceStatus.RUNNING]
+        chosen = [(seq, count) for seq, count in chosen if seq.status is SequenceStatus.RUNNING]
         if not preempted:
             self._admit(chosen, budget, now)
-        return ScheduledBatch(chosen) if chosen else None
+        return self._begin(chosen) if chosen else None
 
     def update(
         self, batch: ScheduledBatch, result: StepResult, now: float | None = None
     ) -> list[SequenceOutput]:
-        """Take in a step's results: append, finish, release. Returns what to send, timed if `now`."""
+        """Take in a step's results: append, finish, release. Returns what to send, timed if `now`.
+
+        Steps are updated in the order in which they were scheduled.
+        """
         outputs: list[SequenceOutput] = []
+        self.num_steps_running -= 1
         for item in batch.sequences:
             seq = item.seq
-            if seq.status is not SequenceStatus.RUNNING:
-                continue  # aborted while the step ran
-            seq.num_computed = item.end
-            self._publish(seq)
+            seq.steps_running -= 1
+            seq.num_pending -= item.samples
+            if seq.status is not SequenceStatus.RUNNING:  # ended or aborted while the step ran
+                if not seq.steps_running:
+                    self.leaving.remove(seq)
+                    self._leave(seq)
+                continue
+            self._publish(seq, item.end)
             seq.prompt_logprobs += result.prompt_logprobs.get(seq.request_id, [])
             if not item.samples:
                 continue
@@ -172,26 +149,42 @@ class Scheduler:
             sampled = None if seq.request_id in result.ended else result.sampled[seq.request_id]
             if sampled is not None:
                 seq.append(sampled.token_id)
-            output = self._output(seq, sampled, now)
+            output = output_of(seq, sampled, now)
             outputs.append(output)
             if output.finish_reason is not None:
                 self._finish(seq)
         return outputs
 
     def check_invariants(self) -> None:
-        """Blocks and lanes are held exactly by the running sequences. For tests."""
+        """Blocks and lanes are held exactly by the sequences that run or leave. For tests."""
         self.blocks.check_invariants()
         self.adapters.check_invariants()
         assert len(self.running) <= self.max_num_seqs
         assert len(self.running) + len(self.waiting) == len(self._by_id)
-        held = {block for seq in self.running for block in seq.block_ids}
+        held = {block for seq in self.running + self.leaving for block in seq.block_ids}
         assert len(held) == self.blocks.num_used
+        assert all(seq.steps_running for seq in self.leaving)
+        assert all(seq.steps_running <= self.num_steps_running for seq in self.running + self.leaving)
         assert all(not seq.block_ids and seq.lanes is None for seq in self.waiting)
+
+    def _begin(self, chosen: list[tuple[Sequence, int]]) -> ScheduledBatch:
+        """Take for granted what the step will have done."""
+        items = []
+        for seq, count in chosen:
+            start, seq.num_computed = seq.num_computed, seq.num_computed + count
+            samples = seq.num_computed == seq.num_tokens
+            seq.num_pending += samples
+            seq.steps_running += 1
+            items.append(ScheduledSequence(seq, start, count, samples))
+        self.num_steps_running += 1
+        return ScheduledBatch(items)
+
+    def _blocks_missing(self, seq: Sequence, end: int) -> int:
+        return -(-end // self.blocks.block_size) - len(seq.block_ids)
 
     def _has_room(self, seq: Sequence, end: int) -> bool:
         """Give `seq` blocks up to token `end`, preempting the youngest; False if any was preempted."""
-        size = self.blocks.block_size
-        needed = -(-end // size) - len(seq.block_ids)
+        needed = self._blocks_missing(seq, end)
         clean = True
         while needed > 0:
             fresh = self.blocks.allocate(needed)
@@ -204,7 +197,7 @@ class Scheduler:
                 return clean  # it was the youngest itself
         return clean
 
-    def _admit(self, chosen: list[ScheduledSequence], budget: int, now: float) -> None:
+    def _admit(self, chosen: list[tuple[Sequence, int]], budget: int, now: float) -> None:
         skipped: list[Sequence] = []
         wanted: set[str] = set()  # adapters of sequences that stay in the queue
         starving: str | None = None  # an adapter that has been deferred for too long
@@ -231,7 +224,7 @@ class Scheduler:
             self._start(seq, hashes, found, fresh_needed)
             if seq.started_s is None:
                 seq.started_s = now
-            chosen.append(ScheduledSequence(seq, num_found, count))
+            chosen.append((seq, count))
             budget -= count
         self._look_ahead(wanted | {seq.adapter for seq in skipped if seq.adapter is not None})
         self.waiting.extendleft(reversed(skipped))
@@ -290,44 +283,20 @@ class Scheduler:
             salt = f"{salt}\0{seq.num_prompt}"
         return prefix_seed(seq.adapter, salt)
 
-    def _publish(self, seq: Sequence) -> None:
+    def _publish(self, seq: Sequence, num_computed: int) -> None:
         """Offer the blocks that are now full and computed to the prefix cache."""
-        full = seq.num_computed // self.blocks.block_size
+        full = num_computed // self.blocks.block_size
         if not self.blocks.enable_prefix_caching or full <= seq.num_hashed_blocks:
             return
         if len(seq.block_hashes) < full:
-            self._extend_hashes(seq, seq.block_hashes, seq.num_computed)
+            self._extend_hashes(seq, seq.block_hashes, num_computed)
         for index in range(seq.num_hashed_blocks, full):
             self.blocks.publish(seq.block_ids[index], seq.block_hashes[index], seq.adapter)
         seq.num_hashed_blocks = full
 
-    def _output(self, seq: Sequence, sampled: SampledToken | None, now: float | None) -> SequenceOutput:
-        reason, stop_reason = ("stop", None) if sampled is None else finish_reason(seq)
-        first = seq.num_output == (0 if sampled is None else 1)
-        if first and now is not None and seq.started_s is not None:
-            seq.timing = SequenceTiming(seq.started_s - seq.arrival_s, now - seq.started_s)
-        timing = seq.timing if first else None
-        if reason is not None and seq.timing is not None:
-            timing = SequenceTiming(seq.timing.queue_s, seq.timing.prefill_s, seq.num_preemptions)
-        return SequenceOutput(
-            request_id=seq.request_id,
-            token_ids=[] if sampled is None else [sampled.token_id],
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            num_cached_tokens=seq.num_cached,
-            logprobs=[sampled.logprobs] if sampled is not None and sampled.logprobs is not None else None,
-            prompt_logprobs=(
-                [None, *seq.prompt_logprobs] if first and seq.sampling.prompt_logprobs is not None else None
-            ),
-            timing=timing,
-            last_is_text=(
-                reason == "stop"
-                and sampled is not None
-                and sampled.token_id not in seq.sampling.end_token_ids
-            ),
-        )
-
     def _preempt(self, seq: Sequence) -> None:
+        assert not seq.steps_running
+        self.running.remove(seq)
         self._release(seq)
         seq.prompt_logprobs = []
         seq.become(SequenceStatus.WAITING)
@@ -350,19 +319,22 @@ class Scheduler:
         return max(reversed(self.running), key=_priority)
 
     def _finish(self, seq: Sequence) -> None:
-        """End a sequence for good."""
-        if seq.status is SequenceStatus.RUNNING:
-            self._release(seq)
-        else:
-            self.waiting.remove(seq)
+        """End a sequence for good. It leaves now, or with the step that computes it."""
+        (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
         seq.become(SequenceStatus.FINISHED)
         del self._by_id[seq.request_id]
+        if seq.steps_running:
+            self.leaving.append(seq)
+        else:
+            self._leave(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self._release(seq)
         if seq.adapter is not None:
             self.adapters.release(seq.adapter)
 
     def _release(self, seq: Sequence) -> None:
-        """Give back everything that a running sequence holds on the device."""
-        self.running.remove(seq)
+        """Give back everything that a sequence holds on the device."""
         self.blocks.release(seq.block_ids)
         if seq.lanes is not None:
             assert seq.adapter is not None
@@ -376,19 +348,3 @@ class Scheduler:
 
 def _priority(seq: Sequence) -> int:
     return seq.request.priority
-
-
-def finish_reason(seq: Sequence) -> tuple[str | None, int | None]:
-    """Whether the last token ends the sequence: (reason, stop token id), (None, None) if not."""
-    sampling = seq.sampling
-    token = seq.token_ids[-1]
-    if seq.num_output >= sampling.min_tokens:
-        if token in sampling.eos_token_ids:
-            return "stop", None
-        if token in sampling.stop_token_ids:
-            return "stop", token
-    if seq.matcher is not None and seq.matcher.is_finished:
-        return "stop", None
-    if seq.num_output >= sampling.max_tokens:
-        return "length", None
-    return None, None

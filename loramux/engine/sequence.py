@@ -3,9 +3,12 @@
 A `Sequence` is the only owner of a request's progress. Its status changes only through `become`,
 its tokens only through `append`. Nothing here decides anything: that is the scheduler's work.
 
-    token_ids   | prompt ............................ | output ...... |
-                0            num_computed        num_prompt       num_tokens
+    token_ids   | prompt ............................ | output ...... | pending |
+                0            num_computed        num_prompt                  num_tokens
                  <-- KV is in the blocks -->
+
+While a step runs, what it will have done is taken for granted, so that the next one can be planned:
+`num_computed` counts its tokens, and the token that it samples is pending.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_hashed_blocks",
+        "num_pending",
         "num_preemptions",
         "num_prompt",
         "prompt_logprobs",
@@ -55,6 +59,7 @@ class Sequence:
         "sampling",
         "seed",
         "started_s",
+        "steps_running",
         "timing",
         "token_ids",
     )
@@ -67,7 +72,9 @@ class Sequence:
         self.matcher = matcher  # where it stands in its grammar; goes on with `append`, kept by a preemption
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
-        self.num_computed = 0  # tokens whose KV is in the blocks
+        self.num_computed = 0  # tokens whose KV is in the blocks when the running steps are done
+        self.num_pending = 0  # output tokens that running steps sample; their ids are not known yet
+        self.steps_running = 0  # steps on the device that use its blocks and lanes
         self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []  # chain over the full blocks, filled as they fill
@@ -92,13 +99,20 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
-        return len(self.token_ids)
+        """Prompt and output tokens so far, pending ones included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far whose ids are known."""
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def reads_output(self) -> bool:
+        """True if its next token can be chosen only when the host knows the last one."""
+        s = self.sampling
+        penalised = s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+        return self.matcher is not None or penalised or bool(s.bad_words_token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -86,6 +86,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         ),
         Flag("gpu-memory-utilization", "share of the GPU's memory to use", float),
         Flag("scheduling-policy", "fcfs, or priority: requests with the lowest `priority` first"),
+        switch("async-scheduling", "plan a step while the last one runs (default on a GPU)"),
         switch("enable-prefix-caching", "reuse the KV of equal prompt starts"),
         Flag("seed", "for requests that bring none", int),
         Flag("num-threads", "CPU compute threads", parse_count),

@@ -7,7 +7,7 @@ from typing import Final
 # Switches take no value, the options one or several.
 INERT_SWITCHES: Final = frozenset(
     """
-    aggregate-engine-logging allow-deprecated-quantization async-scheduling calculate-kv-scales
+    aggregate-engine-logging allow-deprecated-quantization calculate-kv-scales
     cohere-is-reasoning-model cudagraph-metrics data-parallel-external-lb data-parallel-hybrid-lb
     data-parallel-multi-port-external-lb dcp-q-replicate disable-async-output-proc disable-cascade-attn
     disable-chunked-mm-input disable-custom-all-reduce disable-frontend-multiprocessing

@@ -84,9 +84,11 @@ def make_request(name: str, prompt: int, digest: str | None) -> Request:
 class EngineMachine(RuleBasedStateMachine):
     """Every stream that ends has the tokens of its adapter's version, whatever happened meanwhile."""
 
+    async_scheduling = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.engine = start(num_lanes=32, max_cpu_loras=2)
+        self.engine = start(num_lanes=32, max_cpu_loras=2, async_scheduling=self.async_scheduling)
         self.names: dict[int, int] = {}  # name -> index of the version that it stands for
         self.running: dict[str, tuple[int | None, int]] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -146,5 +148,13 @@ class EngineMachine(RuleBasedStateMachine):
                 assert tokens == alone(*self.running.pop(output.request_id))
 
 
+class OverlappedEngineMachine(EngineMachine):
+    """The same with the next step planned while the last one runs."""
+
+    async_scheduling = True
+
+
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestOverlappedEngineMachine = OverlappedEngineMachine.TestCase
+TestOverlappedEngineMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

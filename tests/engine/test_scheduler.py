@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from loramux.engine.adapters.lanes import LaneTable
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager
-from loramux.engine.scheduler import MAX_DEFERRAL_S, SampledToken, ScheduledBatch, Scheduler, StepResult
+from loramux.engine.scheduler import MAX_DEFERRAL_S, Scheduler
+from loramux.engine.step import SampledToken, ScheduledBatch, StepResult
 from loramux.engine.types import Request, SequenceOutput, TokenSampling
 
 
@@ -43,9 +44,7 @@ def request(
 
 def answer(batch: ScheduledBatch) -> StepResult:
     """A model whose next token is the number of tokens so far."""
-    return StepResult(
-        {i.seq.request_id: SampledToken(i.seq.num_tokens) for i in batch.sequences if i.samples}
-    )
+    return StepResult({i.seq.request_id: SampledToken(i.end) for i in batch.sequences if i.samples})
 
 
 def load(scheduler: Scheduler) -> list[str]:
@@ -65,8 +64,10 @@ def load(scheduler: Scheduler) -> list[str]:
 def step(
     scheduler: Scheduler, now: float = 0.0, copied: list[str] | None = None
 ) -> tuple[ScheduledBatch, list[SequenceOutput]]:
-    scheduler.schedule(now) if not scheduler.running else None  # asks for adapters
-    for _ in range(3):
+    for seq in list(scheduler.waiting) if not scheduler.running else ():
+        if seq.adapter is not None:
+            scheduler.adapters.prefetch(seq.adapter)
+    for _ in range(3):  # the first may only ask for adapters
         arrived = load(scheduler)
         if copied is not None:
             copied += arrived
@@ -281,7 +282,7 @@ def test_unreadable_adapter_fails_only_those_who_wait_for_it() -> None:
     scheduler.adapters.add("x", 8)
     scheduler.add(request("a", adapter="x"), 0.0)
     scheduler.add(request("b"), 0.0)
-    scheduler.schedule(0.0)
+    scheduler.adapters.prefetch("x")
     scheduler.adapters.take_jobs()
 
     scheduler.adapters.read_failed("x")

@@ -34,11 +34,12 @@ class SamplingRow:
     seed: int  # 64 bits
     token_ids: list[int]  # prompt and output so far; not kept
     num_prompt: int
+    num_pending: int = 0  # output tokens that only the device knows; nothing may be asked of them
 
     @property
     def num_output(self) -> int:
         """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt
+        return len(self.token_ids) - self.num_prompt + self.num_pending
 
     @property
     def is_greedy(self) -> bool:

@@ -11,8 +11,9 @@ from loramux.engine.block_manager import BlockManager
 from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention, reference_attention
 from loramux.engine.kernels.cpu.backend import CpuAttention, supports
 from loramux.engine.model_input import InputBuilder, ModelInput
-from loramux.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from loramux.engine.scheduler import Scheduler
 from loramux.engine.sequence import Sequence
+from loramux.engine.step import ScheduledBatch, ScheduledSequence
 from loramux.engine.types import Request, TokenSampling
 
 KV_HEADS, HEADS, DIM, BLOCK, BLOCKS = 2, 6, 32, 16, 256
