@@ -63,9 +63,7 @@ class ModelRunner:
             torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
-        self.runs_ahead = (
-            self.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
-        )
+        self.runs_ahead = _or_default(config.async_scheduling, self.device.type == "cuda")
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
         if lane_dtype != self.dtype:
@@ -214,6 +212,10 @@ def _dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
     if stored == "float16" and device.type == "cpu":
         return torch.bfloat16  # float16 arithmetic is slow on a CPU
     return _DTYPES[stored]
+
+
+def _or_default(wanted: bool | None, default: bool) -> bool:
+    return default if wanted is None else wanted
 
 
 def _max_model_len(config: EngineConfig, derived: int) -> int:
