@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import AdapterIncompatible, UnsupportedModel
+from loramux.engine.models.device_reader import DeviceReader
 from loramux.engine.models.dummy_weights import DummyWeights
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
+from loramux.engine.models.weight_files import StoredTensor, WeightFile, open_files, weight_files
 from loramux.engine.parallel.shard import Piece, Shard
 
-_INDEX: Final = "model.safetensors.index.json"
-_SINGLE: Final = "model.safetensors"
 # Tensors that carry nothing: old checkpoints stored RoPE's frequencies.
 _IGNORED: Final = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")
 
@@ -57,11 +57,7 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """The tensors of a model folder; memory-mapped, read one by one, each once.
-
-    Args:
-        pieces: of some tensors, by name, the part to read; `shape` is the part's everywhere.
-    """
+    """The tensors of a model folder, read one by one: memory-mapped for a CPU, in chunks for a GPU."""
 
     def __init__(
         self,
@@ -70,20 +66,24 @@ class Checkpoint:
         dtype: torch.dtype,
         device: torch.device,
         pieces: Mapping[str, Piece] = MappingProxyType({}),
+        reader: DeviceReader | None = None,
     ) -> None:
+        """Args:
+        pieces: of some tensors, by name, the part to read; `shape` is the part's everywhere.
+        reader: how tensors come to the device; None = copied from the mapped file.
+        """
         self._pieces = pieces
         self._dtype = dtype
         self._device = device
-        self._files = {}
-        self._where: dict[str, Path] = {}
+        self._reader = reader
+        self._files: list[WeightFile] = []
+        self._where: dict[str, WeightFile] = {}
         self._used: set[str] = set()  # tensors that have a place, here or on another rank
-        for path in _weight_files(folder):
-            try:
-                handle: Any = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UnsupportedModel(f"{path} cannot be read: {error}", param="model") from None
-            self._files[path] = handle
-            self._where.update(dict.fromkeys(handle.keys(), path))
+        for file in open_files(folder):
+            self._files.append(file)
+            self._where.update(dict.fromkeys(file.names, file))
+            if reader is not None:
+                file.read_ahead()
         self._used.update(stored for name in pieces if (stored := self._resolve(name)) is not None)
 
     def __enter__(self) -> Checkpoint:
@@ -92,7 +92,10 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.clear()
+        if self._reader is not None:
+            self._reader.close()
+        for file in self._files:
+            file.close()
 
     def __contains__(self, name: str) -> bool:
         return self._resolve(name) is not None
@@ -102,11 +105,27 @@ class Checkpoint:
 
     def take(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Tensor:
         """See `WeightSource`."""
-        return self._stored(name, shape).to(self._device, dtype or self._dtype)
+        if self._reader is None:
+            return self._find(name, shape).mapped().to(self._device, dtype or self._dtype)
+        out = torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
+        self.fill(out, name)
+        return out
 
     def fill(self, out: Tensor, name: str) -> None:
         """See `WeightSource`."""
-        out.copy_(self._stored(name, tuple(out.shape)))
+        found = self._find(name, tuple(out.shape))
+        if self._reader is None:
+            out.copy_(found.mapped())
+            return
+        own = found.rows()
+        is_direct = own.dtype == out.dtype and own.shape == out.shape and out.is_contiguous()
+        target = out if is_direct else torch.empty(own.shape, dtype=own.dtype, device=self._device)
+        try:
+            self._reader.read(found.file.fd, own.offset, target)
+        except OSError as error:
+            raise UnsupportedModel(f"{found.file.path} cannot be read: {error}", param="model") from None
+        if not is_direct:
+            out.copy_(target[:, found.piece.columns] if target.dim() > 1 else target)
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """See `WeightSource`."""
@@ -123,22 +142,18 @@ class Checkpoint:
                 param="model",
             )
 
-    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _find(self, name: str, shape: tuple[int, ...]) -> _Found:
         stored = self._resolve(name)
         if stored is None:
             raise UnsupportedModel(f"the checkpoint lacks the tensor {name}", param="model")
-        lazy = self._files[self._where[stored]].get_slice(stored)
-        found, piece = tuple(lazy.get_shape()), self._pieces.get(name)
-        if found != (piece.shape if piece else shape):
+        file, piece = self._where[stored], self._pieces.get(name)
+        own, expected = file.stored(stored).shape, piece.shape if piece else shape
+        if own != expected:
             raise UnsupportedModel(
-                f"tensor {stored} has shape {list(found)}, config.json implies"
-                f" {list(piece.shape if piece else shape)}",
-                param="model",
+                f"tensor {stored} has shape {list(own)}, config.json implies {list(expected)}", param="model"
             )
         self._used.add(stored)
-        tensor: Tensor = lazy[piece.index] if piece else self._files[self._where[stored]].get_tensor(stored)
-        assert tuple(tensor.shape) == shape
-        return tensor
+        return _Found(file, stored, piece or Piece(shape))
 
     def _resolve(self, name: str) -> str | None:
         """The stored name: as given, or without the leading `model.` that some exports leave out."""
@@ -146,6 +161,26 @@ class Checkpoint:
             if candidate in self._where:
                 return candidate
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Where a tensor lies, and which part of it is wanted."""
+
+    file: WeightFile
+    name: str  # in the file
+    piece: Piece
+
+    def mapped(self) -> Tensor:
+        """The part, contiguous; of the mapped file where it lies there like that."""
+        return self.file.mapped(self.name)[self.piece.index].contiguous()
+
+    def rows(self) -> StoredTensor:
+        """The rows of the part, with all their columns, which lie behind each other in the file."""
+        whole = self.file.stored(self.name)
+        rows = range(*self.piece.rows.indices(whole.shape[0]))
+        row_bytes = math.prod(whole.shape[1:]) * whole.dtype.itemsize
+        return StoredTensor(whole.dtype, (len(rows), *whole.shape[1:]), whole.offset + rows.start * row_bytes)
 
 
 @contextmanager
@@ -160,7 +195,10 @@ def open_weights(
     if config.load_format == "dummy":
         yield DummyWeights(shard.own, dtype=dtype, device=device, seed=config.seed)
         return
-    with Checkpoint(Path(config.model), dtype=dtype, device=device, pieces=shard.pieces) as checkpoint:
+    reader = DeviceReader(device) if device.type == "cuda" else None
+    with Checkpoint(
+        Path(config.model), dtype=dtype, device=device, pieces=shard.pieces, reader=reader
+    ) as checkpoint:
         yield checkpoint
 
 
@@ -220,26 +258,7 @@ class BaseWeights:
         if self._folder is None:
             return None
         try:
-            files = [(path, path.stat()) for path in _weight_files(self._folder)]
+            files = [(path, path.stat()) for path in weight_files(self._folder)]
         except (OSError, UnsupportedModel):
             return None
         return [(path, status.st_size, status.st_mtime_ns) for path, status in files]
-
-
-def _weight_files(folder: Path) -> Iterator[Path]:
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UnsupportedModel(f"{index} is malformed: {error!r}", param="model") from None
-        for name in sorted(names):
-            if Path(name).name != name or not (folder / name).is_file():
-                raise UnsupportedModel(f"{index} names {name!r}, which is not in the folder", param="model")
-            yield folder / name
-    elif (folder / _SINGLE).is_file():
-        yield folder / _SINGLE
-    else:
-        raise UnsupportedModel(
-            f"{folder} holds neither {_SINGLE} nor {_INDEX}; only safetensors weights are read", param="model"
-        )
