@@ -78,7 +78,7 @@ def sample(logits: Tensor, rows: list[SamplingRow], mask: TokenMask | None = Non
     if drawing:
         token_ids[drawing] = _draw(processed[drawing], [rows[i] for i in drawing])
     ids = token_ids.tolist()
-    return SamplerOutput(ids, _requested_logprobs(raw, ids, rows), _impossible(processed, rows, mask))
+    return SamplerOutput(ids, requested_logprobs(raw, ids, rows), _impossible(processed, rows, mask))
 
 
 def process_logits(raw: Tensor, rows: list[SamplingRow], mask: TokenMask | None = None) -> Tensor:
@@ -89,7 +89,7 @@ def process_logits(raw: Tensor, rows: list[SamplingRow], mask: TokenMask | None 
     logits = raw.clone()
     for i in changed:
         _edit(logits[i], rows[i])
-    penalised = [i for i in changed if _is_penalised(rows[i].sampling)]
+    penalised = [i for i in changed if has_penalties(rows[i].sampling)]
     if penalised:
         logits[penalised] = _penalise(logits[penalised], [rows[i] for i in penalised])
     if mask is not None and len(mask.rows) == len(rows):
@@ -151,7 +151,8 @@ def _forbids(row: SamplingRow) -> bool:
     return bool(s.allowed_token_ids or s.bad_words_token_ids or row.num_output < s.min_tokens)
 
 
-def _is_penalised(s: TokenSampling) -> bool:
+def has_penalties(s: TokenSampling) -> bool:
+    """True if tokens that have occurred are treated differently."""
     return s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
 
 
@@ -162,7 +163,7 @@ def _is_changed(row: SamplingRow) -> bool:
         or s.allowed_token_ids
         or s.bad_words_token_ids
         or row.num_output < s.min_tokens
-        or _is_penalised(s)
+        or has_penalties(s)
     )
 
 
@@ -215,7 +216,7 @@ def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     steps = [row.num_output for row in rows]
     u = torch.from_numpy(uniforms([row.seed for row in rows], steps)).to(logits.device)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    plain = [i for i, row in enumerate(rows) if not _is_filtered(row.sampling, logits.shape[1])]
+    plain = [i for i, row in enumerate(rows) if not has_filters(row.sampling, logits.shape[1])]
     filtered = [i for i in range(len(rows)) if i not in set(plain)]
     if plain:
         tokens[plain] = _pick(torch.softmax(scaled[plain], dim=-1), u[plain])
@@ -224,7 +225,8 @@ def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     return tokens
 
 
-def _is_filtered(s: TokenSampling, vocab_size: int) -> bool:
+def has_filters(s: TokenSampling, vocab_size: int) -> bool:
+    """True if a draw is among the best tokens only."""
     return 0 < s.top_k < vocab_size or s.top_p < 1.0 or s.min_p > 0.0
 
 
@@ -271,9 +273,15 @@ def _pick(weights: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(running, target, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
 
 
-def _requested_logprobs(
+def requested_logprobs(
     raw: Tensor, token_ids: list[int], rows: list[SamplingRow]
 ) -> list[TokenLogprobs | None]:
+    """Log-probabilities of the rows that ask for them.
+
+    Args:
+        raw: [num_rows, vocab_size] logits, not processed
+        token_ids: what was chosen in each row
+    """
     out: list[TokenLogprobs | None] = [None] * len(rows)
     wanting = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     if wanting:
