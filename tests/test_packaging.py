@@ -19,6 +19,7 @@ from loramux.version import __version__
 ROOT = Path(__file__).parent.parent
 DISTRIBUTION = {"zmq": "pyzmq", "prometheus_client": "prometheus-client"}  # where they differ from imports
 OPTIONAL = {"loramux/server/observe/otlp.py": "opentelemetry"}  # needs an extra: only this file may import it
+GPU_KERNELS = Path("loramux/engine/kernels/gpu")
 INDIRECT = {"pyyaml"}  # msgspec.yaml needs it
 
 
@@ -91,11 +92,16 @@ def test_every_dependency_is_imported_and_every_import_declared() -> None:
         for path in (ROOT / "loramux").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         for name in imported_names(node)
-        if name.split(".")[0] != OPTIONAL.get(str(path.relative_to(ROOT)))
+        if name.split(".")[0] not in optional_in(path.relative_to(ROOT))
     }
     used = {DISTRIBUTION.get(name, name) for name in imported - sys.stdlib_module_names - {"loramux"}}
 
     assert used | INDIRECT == declared
+
+
+def optional_in(path: Path) -> set[str | None]:
+    """What a file may import that is no dependency: Triton comes with torch where there is a GPU."""
+    return {OPTIONAL.get(str(path)), "triton" if path.is_relative_to(GPU_KERNELS) else None}
 
 
 def imported_names(node: ast.AST) -> list[str]:
