@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loramux.engine.adapters.files import AdapterFiles, check_finite
+from loramux.engine.adapters.lane_memory import LaneLayout, site_lanes
 from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.tables import (
     check_copies,
@@ -24,7 +25,6 @@ from loramux.engine.adapters.tables import (
     table_weight,
 )
 from loramux.engine.kernels.cpu.dtypes import takes
-from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
 from loramux.engine.kernels.cpu.lora import row_scratch
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.kernels.tables import AdapterTables, TableChange
@@ -61,7 +61,13 @@ class LanePool:
     """The device tensors of all lanes: one `SiteLanes` a layer and site, allocated once."""
 
     def __init__(
-        self, config: ModelConfig, num_lanes: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_lanes: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: LaneLayout = LaneLayout.APART,
     ) -> None:
         self._config = config
         self.num_lanes = num_lanes
@@ -75,12 +81,13 @@ class LanePool:
             return
         for layer in range(config.num_layers):
             for index, site in enumerate(config.sites):
-                widths = [part.out_features for part in site.parts]
-                self._sites[layer, site.name] = SiteLanes(
-                    a=lazy_zeros((num_lanes, len(widths), site.in_features), dtype=dtype, device=device),
-                    b=[lazy_zeros((num_lanes, width), dtype=dtype, device=device) for width in widths],
-                    offsets=[sum(widths[:i]) for i in range(len(widths) + 1)],
-                    index=layer * len(config.sites) + index,
+                self._sites[layer, site.name] = site_lanes(
+                    site,
+                    layer * len(config.sites) + index,
+                    num_lanes,
+                    layout,
+                    dtype=dtype,
+                    device=device,
                 )
 
     @property

@@ -34,6 +34,7 @@ from torch import Tensor
 from loramux.engine.kernels.cpu.dtypes import TAGS, Ints
 from loramux.engine.kernels.cpu.lora import Floats, add_lora_rows, add_lora_rows_parallel
 
+ROW_MULTIPLE = 128  # of [weight; lanes], so that the tiles of a product are whole
 PARALLEL_LANES = 24  # lanes of all rows together from which a second thread pays for its waking
 MASKED_MAX_TOKENS = 64  # above it a token range is computed segment by segment
 
@@ -43,15 +44,21 @@ class SiteLanes:
     """The pool of one site in one layer."""
 
     a: Tensor  # [num_lanes, num_parts, in_features]
-    b: list[Tensor]  # one a part: [num_lanes, out_features of the part]
+    b: list[Tensor]  # one a part: [num_lanes, out_features of the part]; on a GPU columns of one tensor
     offsets: list[int]  # where each part starts in the fused output; one more for the end
     index: int = 0  # among all sites of the model
+    weight: Tensor | None = None  # [rows, in_features]: the base weight's place, then `a`, then padding
     b_addresses: Ints = field(init=False)  # for the compiled kernel, as is the next
     bounds: Ints = field(init=False)
 
     def __post_init__(self) -> None:
         self.b_addresses = np.array([part.data_ptr() for part in self.b], dtype=np.int64)
         self.bounds = np.array(self.offsets, dtype=np.int64)
+
+    def product_rows(self, num_lanes: int) -> int:
+        """Rows of `weight` that yield the base output and the shrink of the first `num_lanes` lanes."""
+        rows = self.offsets[-1] + num_lanes * len(self.b)
+        return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 @dataclass(frozen=True, slots=True)

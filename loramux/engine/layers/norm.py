@@ -27,6 +27,11 @@ class RMSNorm:
         self._is_compiled = takes(weight, weight.shape[0])
 
     @property
+    def weight(self) -> Tensor:
+        """[features]"""
+        return self._weight
+
+    @property
     def address(self) -> int:
         """Of the weight's memory."""
         return self._weight.data_ptr()
