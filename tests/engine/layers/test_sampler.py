@@ -43,6 +43,12 @@ def test_greedy_and_drawing_rows_mix_in_one_batch(logits: torch.Tensor) -> None:
     assert out[1] == sample(logits[None], [rows[1]]).token_ids[0]  # the batch does not matter
 
 
+def test_greedy_takes_the_first_of_the_best() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0], [float("-inf")] * 3, [2.0, 1.0, 2.0]])
+
+    assert sample(logits.bfloat16(), [row(temperature=0.0)] * 3).token_ids == [1, 0, 0]
+
+
 def test_named_tokens_stand_behind_the_best_and_none_stands_twice(logits: torch.Tensor) -> None:
     best = logits.topk(2).indices.tolist()
     worst = int(logits.argmin())
