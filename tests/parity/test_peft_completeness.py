@@ -62,7 +62,7 @@ TABLES: dict[str, Recipe] = {
     "head-tied-base": ("qwen2", {"r": 8, "targets": ["q_proj", "lm_head"]}),
     "both": ("opt", {"r": 8, "targets": ["q_proj", "embed_tokens", "lm_head"]}),
     "both-tied": ("qwen3", {"r": 8, "targets": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
-    "regex": ("llama", {"r": 8, "targets": r".*\.(v_proj|embed_tokens)"}),
+    "regex": ("llama", {"r": 8, "seed": 2, "targets": r".*\.(v_proj|embed_tokens)"}),
     "save-embedding": ("llama", {"r": 8, "targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "save-head": ("llama", {"r": 8, "targets": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "save-both": ("opt", {"r": 8, "targets": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),

@@ -1,56 +1,103 @@
-"""Paged attention on a CPU, one row (a token) and KV head at a time.
+"""Paged attention on a CPU, a tile of rows and one KV head at a time.
 
     out[i] = softmax(q[i] · K[lo:end]ᵀ · scale) · V[lo:end]      lo = max(0, end - window)
 
-Keys are stored with the head dimension before the token, [num_blocks, num_kv_heads, head_dim, 16]:
-the scores of a block are then one vector a query head, without a sum across lanes. Blocks are read
-where they lie, each once, for all query heads that share the KV head; nothing is gathered or padded.
+A tile is one token that decodes, or several consecutive tokens of a prompt, each with all query heads
+that share the KV head: its rows. Blocks are read where they lie, once a tile; nothing is gathered. All
+scores of a tile are kept, so the softmax needs one pass. `attention_ir.py` holds the inner loops and the
+layout of the cache.
 
-The reference is `loramux.engine.kernels.attention.reference_attention`. Measured on one core of a
-Zen 5 machine (group 3, head_dim 64, context 192): 4.6 µs a sequence, 31 GB/s, where gathering and
-`bmm` take 350 µs; nearly all of the latter is starting and waking threads.
+The reference is `loramux.engine.kernels.attention.reference_attention`. Measured with figures of the whole
+step in benchmarks/LOG.md.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
+from loramux.engine.kernels.cpu.attention_ir import score_rows, softmax_row, sum_values
 from loramux.engine.kernels.cpu.intrinsics import (
     BLOCK,
     Address,
     Dtype,
     Size,
-    attend_scores,
-    attend_values,
     copy_row,
-    exp_in_place,
     item_size,
     prefetch_block,
-    vector_max,
+    units,
 )
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Parts = tuple[int, int, int, int, int]  # of scratch
 
 NEVER = np.float32(-1e30)  # a score that exp turns into zero; not -inf, whose difference is NaN
+_ROWS = 24  # of a prompt's tile: enough to use each key and value that was read many times
+_REGISTERS = 24  # vectors that hold sums; eight are left for what is multiplied
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How many rows the kernels take at once, as `units`: each combination is compiled on its own."""
+
+    tokens: int  # at most
+    rows: Size  # tokens * group, rounded up
+    score_rows: Size  # divides rows
+    score_blocks: Size
+    value_rows: Size  # divides rows
+
+
+def tile_of(group: int, vectors: int, *, is_prompt: bool) -> Tile:
+    """The tile for a model's shape.
+
+    Args:
+        group: query heads a KV head
+        vectors: head_dim / 16
+    """
+    tokens = max(1, _ROWS // group) if is_prompt else 1
+    used = tokens * group
+    most = max(1, _REGISTERS // vectors)
+    value_rows = -(-used // -(-used // most))
+    rows = -(-used // value_rows) * value_rows
+    score_rows = max(n for n in range(1, 13) if rows % n == 0)
+    blocks = min(_REGISTERS // score_rows, 8 if score_rows < 3 else 4)
+    return Tile(tokens, units(rows), units(score_rows), units(blocks), units(value_rows))
+
+
+def scratch_size(tile: Tile, head_dim: int, longest: int) -> int:
+    """Floats that a thread needs for tables of `longest` blocks."""
+    width: int = _row_width(longest, len(tile.score_blocks))
+    return len(tile.rows) * (2 * head_dim + 2 * width + 1)
+
+
+@njit(cache=True, error_model="numpy")
+def _row_width(num_blocks: int, step: int) -> int:
+    """Floats from one row of scores to the next: not a power of two, so that rows share no cache set."""
+    width: int = (-(-num_blocks // step) * step + 1) * BLOCK
+    return width
 
 
 @njit(cache=True, error_model="numpy")
 def attend_range(
     dtype: Dtype,
-    group: Size,
     vectors: Size,
+    rows: Size,
+    score_size: Size,
+    score_blocks: Size,
+    value_size: Size,
+    group: int,
     q: Address,
+    q_bytes: int,
     k: Address,
     v: Address,
     out: Address,
     block_ids: Ints,
-    starts: Ints,
-    ends: Ints,
-    tokens: Ints,
+    tiles: Ints,
     window: int,
     scale: float,
     kv_heads: int,
@@ -58,140 +105,218 @@ def attend_range(
     begin: int,
     end: int,
 ) -> None:
-    """Work items [begin, end) of num_rows * kv_heads; item i is row i // kv_heads, head i % kv_heads.
+    """Work items [begin, end) of num_tiles * kv_heads; item i is tile i // kv_heads, head i % kv_heads.
 
     Args:
         dtype: of q, k, v and out (`BFLOAT16` or `FLOAT32`)
-        group, vectors: query heads a KV head, head_dim / 16, both as `units`
-        q, out: addresses of [num_tokens, kv_heads * group, head_dim]
-        k: address of [num_blocks, kv_heads, head_dim, 16]; v: [num_blocks, kv_heads, 16, head_dim]
+        vectors: head_dim / 16, as `units`; rows and the three sizes: of the `Tile`
+        group: query heads a KV head
+        q: address of [num_tokens, kv_heads * group, head_dim]; q_bytes: from one token to the next
+        k, v: addresses of the caches; out: of [num_tokens, kv_heads * group * head_dim]
         block_ids: block tables, one behind the other, int64
-        starts: where each row's table starts in block_ids; rows may share one
-        ends: position after each row's token
-        tokens: which row of q it is
+        tiles: [num_tiles, 4]: where its table starts in block_ids (tiles may share one), position after
+            its first token, the first token's row of q, number of tokens
         window: sliding window in tokens, 0 for full attention
-        scratch: float32, 2 * group * head_dim + group * 16 * (longest table): queries, sums, scores
+        scratch: float32, of `scratch_size`
     """
-    heads, head_dim = len(group), len(vectors) * LANES
-    row_bytes = heads * head_dim * item_size(dtype)
-    scores = 2 * heads * head_dim  # where they start in scratch
+    num_rows, head_dim = len(rows), len(vectors) * LANES
+    row_bytes = head_dim * item_size(dtype)
+    sizes = (vectors, rows, score_size, score_blocks)
     for work in range(begin, end):
-        seq, head = work // kv_heads, work % kv_heads
-        first = max(0, ends[seq] - window) if window else 0
-        skipped = first // BLOCK  # blocks before the window
-        num_blocks = (ends[seq] + BLOCK - 1) // BLOCK - skipped
-        table = block_ids[starts[seq] + skipped : starts[seq] + skipped + num_blocks]
-        row = (tokens[seq] * kv_heads + head) * row_bytes
-        _take_queries(dtype, heads, head_dim, q + row, scratch, scale)
-        _score(dtype, group, vectors, k, v, table, kv_heads, head, scratch)
-        _hide(scratch, scores, heads, num_blocks, first - skipped * BLOCK, ends[seq] - skipped * BLOCK)
-        _normalise(scratch, scores, heads, num_blocks)
-        _sum_values(dtype, group, vectors, v, table, kv_heads, head, scratch)
-        _give(dtype, heads, head_dim, out + row, scratch)
+        head = work % kv_heads
+        start, after, token, count = tiles[work // kv_heads]
+        skipped = (max(0, after - window) if window else 0) // BLOCK  # blocks before the window
+        num_blocks = (after + count - 1 + BLOCK - 1) // BLOCK - skipped
+        table = block_ids[start + skipped : start + skipped + num_blocks]
+        at = (token * kv_heads + head) * group * row_bytes
+        parts = _parts(num_rows, head_dim, _row_width(num_blocks, len(score_blocks)))
+        first = q + token * q_bytes + head * group * row_bytes
+        _take_queries(dtype, num_rows, head_dim, group, count, first, q_bytes, scratch)
+        _score(dtype, sizes, k, v, table, kv_heads, head, scratch, parts)
+        _weigh(dtype, group, count, window, after, skipped, num_blocks, scale, scratch, parts)
+        _sum(dtype, vectors, rows, value_size, v, table, kv_heads, head, scratch, parts)
+        _give(dtype, count * group, head_dim, group, kv_heads * group * row_bytes, out + at, scratch, parts)
 
 
 @njit(cache=True, error_model="numpy")
-def _take_queries(dtype: Dtype, heads: int, head_dim: int, q: Address, scratch: Floats, scale: float) -> None:
-    """Queries as [head_dim, heads], so that the heads of one d lie side by side."""
-    sums = scratch.ctypes.data + heads * head_dim * 4
-    copy_row(dtype, np.float32(0), heads * head_dim, q, sums, scale)
-    for g in range(heads):
-        for d in range(head_dim):
-            scratch[d * heads + g] = scratch[(heads + g) * head_dim + d]
+def _parts(num_rows: int, head_dim: int, width: int) -> Parts:
+    """Where scratch holds sums, factors, scores and probabilities; the queries come first."""
+    sums = num_rows * head_dim
+    inverse = 2 * sums
+    scores = inverse + num_rows
+    return sums, inverse, scores, scores + num_rows * width, width
+
+
+@njit(cache=True, error_model="numpy")
+def _take_queries(
+    dtype: Dtype,
+    num_rows: int,
+    head_dim: int,
+    group: int,
+    count: int,
+    q: Address,
+    q_bytes: int,
+    scratch: Floats,
+) -> None:
+    """A tile's queries, one behind the other; rows beyond its tokens repeat the last one."""
+    row_bytes = head_dim * item_size(dtype)
+    for row in range(num_rows):
+        source = q + min(row // group, count - 1) * q_bytes + row % group * row_bytes
+        copy_row(dtype, dtype, head_dim, source, scratch.ctypes.data + row * row_bytes, np.float32(1))
+
+
+@njit(cache=True, error_model="numpy")
+def _give(
+    dtype: Dtype,
+    used: int,
+    head_dim: int,
+    group: int,
+    out_bytes: int,
+    out: Address,
+    scratch: Floats,
+    parts: Parts,
+) -> None:
+    """The sums, each row times its factor, rounded."""
+    sums, inverse = parts[0], parts[1]
+    for row in range(used):
+        source = scratch.ctypes.data + (sums + row * head_dim) * 4
+        target = out + row // group * out_bytes + row % group * head_dim * item_size(dtype)
+        copy_row(np.float32(0), dtype, head_dim, source, target, scratch[inverse + row])
 
 
 @njit(cache=True, error_model="numpy")
 def _score(
     dtype: Dtype,
-    group: Size,
-    vectors: Size,
+    sizes: tuple[Size, Size, Size, Size],
     k: Address,
     v: Address,
     table: Ints,
     kv_heads: int,
     head: int,
     scratch: Floats,
+    parts: Parts,
 ) -> None:
     """Scores of every block; what is read next is asked for meanwhile."""
-    heads, head_dim = len(group), len(vectors) * LANES
-    block_bytes = head_dim * BLOCK * item_size(dtype)
+    vectors, rows, score_size, score_blocks = sizes
+    head_dim, step, width = len(vectors) * LANES, len(score_blocks), parts[4]
+    row_bytes = head_dim * item_size(dtype)
+    stride, offset = kv_heads * BLOCK * row_bytes, head * BLOCK * row_bytes
     queries = scratch.ctypes.data
-    scores = queries + 2 * heads * head_dim * 4
+    target = queries + parts[2] * 4
+    ids = np.empty(8, dtype=np.int64)
     last = len(table) - 1
-    for i in range(len(table)):
-        block = (table[i] * kv_heads + head) * block_bytes
-        prefetch_block(dtype, vectors, k + (table[min(i + 1, last)] * kv_heads + head) * block_bytes)
-        prefetch_block(dtype, vectors, v + block)
-        attend_scores(dtype, group, vectors, queries, k + block, scores + i * heads * BLOCK * 4)
+    for i in range(0, len(table), step):
+        for b in range(step):
+            ids[b] = table[min(i + b, last)]
+            prefetch_block(dtype, vectors, k + offset + table[min(i + step + b, last)] * stride)
+            prefetch_block(dtype, vectors, v + offset + ids[b] * stride)
+        for row in range(0, len(rows), len(score_size)):
+            source, at = queries + row * row_bytes, target + (row * width + i * BLOCK) * 4
+            score_rows(
+                *(dtype, score_size, score_blocks, vectors),
+                *(source, k + offset, stride, ids.ctypes.data, at, width * 4),
+            )
 
 
 @njit(cache=True, error_model="numpy")
-def _hide(scratch: Floats, scores: int, heads: int, num_blocks: int, low: int, high: int) -> None:
-    """Scores of tokens before `low` and from `high` on become NEVER."""
-    for g in range(heads):
-        for t in range(low):
-            scratch[scores + g * BLOCK + t] = NEVER
-        for t in range(high - (num_blocks - 1) * BLOCK, BLOCK):
-            scratch[scores + ((num_blocks - 1) * heads + g) * BLOCK + t] = NEVER
-
-
-@njit(cache=True, error_model="numpy")
-def _normalise(scratch: Floats, scores: int, heads: int, num_blocks: int) -> None:
-    """Scores become exp(score - best); 1 / their sum goes where the queries were, one a head."""
-    base = scratch.ctypes.data + scores * 4
-    for g in range(heads):
-        best = NEVER
-        for i in range(num_blocks):
-            best = max(best, vector_max(base + (i * heads + g) * BLOCK * 4))
-        total = np.float32(0)
-        for i in range(num_blocks):
-            total += exp_in_place(base + (i * heads + g) * BLOCK * 4, best)
-        scratch[g] = np.float32(1) / total
-
-
-@njit(cache=True, error_model="numpy")
-def _sum_values(
+def _weigh(
     dtype: Dtype,
-    group: Size,
+    group: int,
+    count: int,
+    window: int,
+    after: int,
+    skipped: int,
+    num_blocks: int,
+    scale: float,
+    scratch: Floats,
+    parts: Parts,
+) -> None:
+    """Scores become probabilities, each row within what its token sees."""
+    for row in range(count * group):
+        last = after + row // group
+        low = max(0, last - window) if window else 0
+        low, high = low - skipped * BLOCK, last - skipped * BLOCK
+        scratch[parts[1] + row] = _softmax(dtype, scratch, row, parts, num_blocks, low, high, scale)
+
+
+@njit(cache=True, error_model="numpy")
+def _softmax(
+    dtype: Dtype,
+    scratch: Floats,
+    row: int,
+    parts: Parts,
+    num_blocks: int,
+    low: int,
+    high: int,
+    scale: float,
+) -> float:
+    """Scores of one row become exp(score - best), zero outside [low, high); returns 1 / their sum."""
+    width = parts[4]
+    scores = parts[2] + row * width
+    begin, end = low // BLOCK * BLOCK, (high + BLOCK - 1) // BLOCK * BLOCK
+    for t in range(begin, low):
+        scratch[scores + t] = NEVER
+    for t in range(high, end):
+        scratch[scores + t] = NEVER
+    item = item_size(dtype)
+    target = parts[3] + row * width * item // 4
+    scratch[target : target + begin * item // 4] = 0
+    scratch[target + end * item // 4 : target + num_blocks * BLOCK * item // 4] = 0
+    base = scratch.ctypes.data
+    inverse: float = softmax_row(
+        dtype, end - begin, base + (scores + begin) * 4, base + target * 4 + begin * item, scale
+    )
+    return inverse
+
+
+@njit(cache=True, error_model="numpy")
+def _sum(
+    dtype: Dtype,
     vectors: Size,
+    rows: Size,
+    value_size: Size,
     v: Address,
     table: Ints,
     kv_heads: int,
     head: int,
     scratch: Floats,
+    parts: Parts,
 ) -> None:
-    heads, head_dim = len(group), len(vectors) * LANES
-    block_bytes = head_dim * BLOCK * item_size(dtype)
-    sums = scratch.ctypes.data + heads * head_dim * 4
-    scores = sums + heads * head_dim * 4
-    scratch[heads * head_dim : 2 * heads * head_dim] = 0
-    for i in range(len(table)):
-        block = (table[i] * kv_heads + head) * block_bytes
-        attend_values(dtype, group, vectors, scores + i * heads * BLOCK * 4, v + block, sums)
-
-
-@njit(cache=True, error_model="numpy")
-def _give(dtype: Dtype, heads: int, head_dim: int, out: Address, scratch: Floats) -> None:
-    """The sums, each head times its factor, rounded."""
-    sums = scratch.ctypes.data + heads * head_dim * 4
-    for g in range(heads):
-        target = out + g * head_dim * item_size(dtype)
-        copy_row(np.float32(0), dtype, head_dim, sums + g * head_dim * 4, target, scratch[g])
+    sums, probs, width = parts[0], parts[3], parts[4]
+    head_dim, item = len(vectors) * LANES, item_size(dtype)
+    block_bytes = head_dim * BLOCK * item
+    base = scratch.ctypes.data
+    for row in range(0, len(rows), len(value_size)):
+        sum_values(
+            dtype,
+            value_size,
+            vectors,
+            base + probs * 4 + row * width * item,
+            width * item,
+            v + head * block_bytes,
+            kv_heads * block_bytes,
+            table.ctypes.data,
+            len(table),
+            base + (sums + row * head_dim) * 4,
+        )
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def attend_parallel(
     dtype: Dtype,
-    group: Size,
     vectors: Size,
+    rows: Size,
+    score_size: Size,
+    score_blocks: Size,
+    value_size: Size,
+    group: int,
     q: Address,
+    q_bytes: int,
     k: Address,
     v: Address,
     out: Address,
     block_ids: Ints,
-    starts: Ints,
-    ends: Ints,
-    tokens: Ints,
+    tiles: Ints,
     window: int,
     scale: float,
     kv_heads: int,
@@ -202,16 +327,19 @@ def attend_parallel(
     for i in prange(len(bounds) - 1):
         attend_range(
             dtype,
-            group,
             vectors,
+            rows,
+            score_size,
+            score_blocks,
+            value_size,
+            group,
             q,
+            q_bytes,
             k,
             v,
             out,
             block_ids,
-            starts,
-            ends,
-            tokens,
+            tiles,
             window,
             scale,
             kv_heads,

@@ -16,7 +16,7 @@ from loramux.engine.kernels.attention import (
     KVCache,
     token_slots,
 )
-from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range
+from loramux.engine.kernels.cpu.attention import Tile, attend_parallel, attend_range, scratch_size, tile_of
 from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, Storage, split_evenly, storage
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
@@ -47,52 +47,64 @@ class CpuKVCache(KVCache):
 
 
 @dataclass(frozen=True, slots=True)
-class CpuAttentionInput(AttentionInput):
-    """A step's attention work, as the compiled kernels read it."""
+class TileList:
+    """Tiles of one kind, as the compiled kernels read them."""
 
-    slots: Ints  # [num_tokens]: where each token's keys and values go
-    block_ids: Ints  # the sequences' tables, one behind the other
-    starts: Ints  # [num_tokens]: where the table of each token's sequence starts in block_ids
-    ends: Ints  # [num_tokens]: position after the token
-    tokens: Ints  # [num_tokens]: 0, 1, 2, ...
+    tile: Tile
+    rows: Ints  # [num_tiles, 4], see `attend_range`
     bounds: Ints  # [num_threads + 1] of the work items, so that each thread reads as many keys
 
 
-class CpuAttention:
-    """Compiled attention, row by row also for prompts, and cache writes.
+@dataclass(frozen=True, slots=True)
+class CpuAttentionInput(AttentionInput):
+    """A step's attention work."""
 
-    Keys lie with the head dimension before the token, [num_blocks, num_kv_heads, head_dim, 16].
-    """
+    slots: Ints  # [num_tokens]: where each token's keys and values go
+    block_ids: Ints  # the sequences' tables, one behind the other
+    lists: list[TileList]  # of sequences that decode, and of prompts
+
+
+class CpuAttention:
+    """Compiled attention and cache writes; `attention_ir.py` says how a block lies in memory."""
 
     def __init__(self, shape: AttentionShape) -> None:
         assert supports(shape)
         self._shape = shape
         self._tag = TAGS[shape.dtype]
-        self._group = units(shape.num_heads // shape.num_kv_heads)
+        self._group = shape.num_heads // shape.num_kv_heads
         self._vectors = units(shape.head_dim // LANES)
+        self._decode, self._prompt = (
+            tile_of(self._group, len(self._vectors), is_prompt=is_prompt) for is_prompt in (False, True)
+        )
         self._threads = max(torch.get_num_threads(), 1)
         self._scratch = np.zeros((self._threads, 0), dtype=np.float32)
 
     def empty_cache(self, num_blocks: int) -> KVCache:
         """One layer's cache, zeroed."""
         s = self._shape
-        k = lazy_zeros((num_blocks, s.num_kv_heads, s.head_dim, BLOCK), dtype=s.dtype, device=s.device)
-        v = lazy_zeros((num_blocks, s.num_kv_heads, BLOCK, s.head_dim), dtype=s.dtype, device=s.device)
+        word = 4 // s.dtype.itemsize  # elements of 32 bits
+        k = lazy_zeros(
+            (num_blocks, s.num_kv_heads, s.head_dim // word, BLOCK, word), dtype=s.dtype, device=s.device
+        )
+        v = lazy_zeros(
+            (num_blocks, s.num_kv_heads, BLOCK // word, s.head_dim, word), dtype=s.dtype, device=s.device
+        )
         return CpuKVCache(k, v, storage(k), storage(v))
 
     def plan(self, layout: BatchLayout) -> CpuAttentionInput:
-        """Every token is a row of its own; the rows of a sequence share its table."""
+        """One tile a sequence that decodes, several tiles a prompt; all of a sequence share its table."""
         lengths = np.array([len(ids) for ids in layout.blocks], dtype=np.int64)
         first_block = np.cumsum(lengths) - lengths
+        n = layout.num_decode
         self._reserve(-(-int(layout.ends.max()) // BLOCK))
-        return CpuAttentionInput(
-            slots=token_slots(layout, BLOCK),
-            block_ids=np.concatenate(layout.blocks),
-            starts=first_block[layout.owner],
-            ends=layout.positions + 1,
-            tokens=np.arange(len(layout.positions)),
-            bounds=self._split(layout.positions + 1),
-        )
+        lists = []
+        if n:
+            ends = layout.ends[:n]
+            rows = np.stack((first_block[:n], ends, np.arange(n), np.ones_like(ends)), axis=1)
+            lists.append(TileList(self._decode, rows, self._split(ends)))
+        if n < len(layout.counts):
+            lists.append(self._prompt_tiles(layout, first_block))
+        return CpuAttentionInput(token_slots(layout, BLOCK), np.concatenate(layout.blocks), lists)
 
     def store(
         self,
@@ -133,20 +145,35 @@ class CpuAttention:
         assert isinstance(plan, CpuAttentionInput)
         s = self._shape
         num_tokens = q.shape[0]
-        q = q.contiguous()
-        out = torch.empty_like(q)
-        num_items = num_tokens * s.num_kv_heads
-        arguments = (
-            *(self._tag, self._group, self._vectors),
-            *(q.data_ptr(), cache.k.data_ptr(), cache.v.data_ptr(), out.data_ptr()),
-            *(plan.block_ids, plan.starts, plan.ends, plan.tokens),
-            *(window or 0, np.float32(s.scale), s.num_kv_heads),
+        out = torch.empty((num_tokens, s.num_heads * s.head_dim), dtype=q.dtype)
+        for tiles in plan.lists:
+            t = tiles.tile
+            num_items = len(tiles.rows) * s.num_kv_heads
+            arguments = (
+                *(self._tag, self._vectors, t.rows, t.score_rows, t.score_blocks, t.value_rows, self._group),
+                *(q.data_ptr(), q.stride(0) * q.itemsize),
+                *(cache.k.data_ptr(), cache.v.data_ptr(), out.data_ptr()),
+                *(plan.block_ids, tiles.rows),
+                *(window or 0, np.float32(s.scale), s.num_kv_heads),
+            )
+            if self._threads == 1 or (t is self._decode and num_items < PARALLEL_ITEMS):
+                attend_range(*arguments, self._scratch[0], 0, num_items)
+            else:
+                attend_parallel(*arguments, self._scratch, tiles.bounds)
+        return out
+
+    def _prompt_tiles(self, layout: BatchLayout, first_block: Ints) -> TileList:
+        n, size = layout.num_decode, self._prompt.tokens
+        counts = layout.counts[n:]
+        per_prompt = -(-counts // size)
+        owner = np.repeat(np.arange(len(counts)), per_prompt)
+        begin = (np.arange(len(owner)) - (np.cumsum(per_prompt) - per_prompt)[owner]) * size
+        ends = (layout.ends[n:] - counts)[owner] + begin + 1
+        tokens = layout.offsets[n:-1][owner] + begin
+        rows = np.stack(
+            (first_block[n:][owner], ends, tokens, np.minimum(counts[owner] - begin, size)), axis=1
         )
-        if num_items < PARALLEL_ITEMS or self._threads == 1:
-            attend_range(*arguments, self._scratch[0], 0, num_items)
-        else:
-            attend_parallel(*arguments, self._scratch, plan.bounds)
-        return out.view(num_tokens, -1)
+        return TileList(self._prompt, rows, self._split(ends))
 
     def _split(self, ends: Ints) -> Ints:
         keys = np.cumsum(ends)
@@ -157,8 +184,7 @@ class CpuAttention:
         return bounds
 
     def _reserve(self, longest: int) -> None:
-        """Room for one sequence's scores, in each thread."""
-        group = len(self._group)
-        needed = 2 * group * self._shape.head_dim + group * BLOCK * longest
+        """Room for one tile's scores, in each thread."""
+        needed = max(scratch_size(t, self._shape.head_dim, longest) for t in (self._decode, self._prompt))
         if self._scratch.shape[1] < needed:
             self._scratch = np.zeros((self._threads, 2 * needed), dtype=np.float32)

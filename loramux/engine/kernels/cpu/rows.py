@@ -98,13 +98,14 @@ def rotate_and_store(
         qkv: address of [num_tokens, heads + 2 * kv_heads, head_dim]; q and k are changed
         cos, sin: addresses of [num_tokens, head_dim], or 0 for no rotation
         q_weight, k_weight: addresses of [head_dim], or 0 for no norm
-        k_cache: [num_blocks, kv_heads, head_dim, 16]; v_cache: [num_blocks, kv_heads, 16, head_dim],
-            arrays of the dtype's storage type
+        k_cache, v_cache: [num_blocks, kv_heads, head_dim / word, 16, word] and [num_blocks, kv_heads,
+            16 / word, head_dim, word] with `word` elements of 32 bits, arrays of the dtype's storage type
         slots: [num_tokens] int64, block * 16 + offset of each token
         rows: qkv as an array of the storage type
     """
     head_bytes = head_dim * item_size(dtype)
     row_bytes = (heads + 2 * kv_heads) * head_bytes
+    word = k_cache.shape[4]  # elements of 32 bits
     for token in range(begin, end):
         row = qkv + token * row_bytes
         angle = token * head_bytes
@@ -119,9 +120,12 @@ def rotate_and_store(
                 rotate_row(dtype, head_dim // 2, x, cos + angle, sin + angle, x)
         block, offset = slots[token] // BLOCK, slots[token] % BLOCK
         for h in range(kv_heads):
+            for d in range(head_dim // word):
+                for e in range(word):
+                    k_cache[block, h, d, offset, e] = rows[token, heads + h, d * word + e]
             for d in range(head_dim):
-                k_cache[block, h, d, offset] = rows[token, heads + h, d]
-                v_cache[block, h, offset, d] = rows[token, heads + kv_heads + h, d]
+                value = rows[token, heads + kv_heads + h, d]
+                v_cache[block, h, offset // word, d, offset % word] = value
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")

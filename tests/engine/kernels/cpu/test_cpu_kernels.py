@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loramux.engine.kernels.attention import reference_attention
-from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range
+from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range, scratch_size, tile_of
 from loramux.engine.kernels.cpu.dtypes import TAGS, storage
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.lora import add_lora_rows, add_lora_rows_parallel, row_scratch
@@ -30,46 +30,69 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def cache_form(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """[num_blocks, kv_heads, 16, head_dim] → as the compiled kernels keep them."""
+    blocks, heads, size, dim = k.shape
+    word = 4 // k.itemsize
+    keys = k.transpose(2, 3).reshape(blocks, heads, dim // word, word, size).transpose(3, 4)
+    values = v.reshape(blocks, heads, size // word, word, dim).transpose(3, 4)
+    return keys.contiguous(), values.contiguous()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 5, 40])
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(3, 3, 64), (2, 1, 32), (1, 8, 128), (2, 7, 16)])
-def test_decode_attention_equals_the_reference(
-    dtype: torch.dtype, window: int, kv_heads: int, group: int, head_dim: int
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"), [(3, 3, 64), (2, 1, 32), (1, 8, 128), (2, 7, 16), (1, 30, 64)]
+)
+@pytest.mark.parametrize("is_prompt", [False, True])
+def test_attention_of_tiles_equals_the_reference(
+    dtype: torch.dtype, window: int, kv_heads: int, group: int, head_dim: int, is_prompt: bool
 ) -> None:
-    lengths = [1, 15, 16, 17, 33, 200]
-    tables = [-(-length // BLOCK) for length in lengths]
+    tile = tile_of(group, head_dim // 16, is_prompt=is_prompt)
+    counts = np.array([max(1, tile.tokens - i) if is_prompt else 1 for i in range(6)])
+    first_ends = np.array([1, 15, 16, 17, 33, 200])
+    lengths = first_ends + counts - 1
+    tables = [-(-int(length) // BLOCK) for length in lengths]
     num_blocks = sum(tables)
     k = torch.randn(num_blocks, kv_heads, BLOCK, head_dim).to(dtype)
     v = torch.randn_like(k)
-    q = torch.randn(len(lengths), kv_heads * group, head_dim).to(dtype)
-    out, out_2 = torch.empty_like(q), torch.empty_like(q)
+    qkv = torch.randn(int(counts.sum()), kv_heads * group + 3, head_dim).to(dtype)  # q within wider rows
+    q = qkv[:, : kv_heads * group]
+    out, out_2 = (torch.empty(q.shape, dtype=dtype) for _ in range(2))
     ids = torch.randperm(num_blocks).numpy()
     indptr = np.concatenate(([0], np.cumsum(tables)))
-    tokens = np.array([3, 1, 5, 0, 4, 2])
-    scratch = np.zeros((2, 2 * group * head_dim + group * BLOCK * max(tables)), dtype=np.float32)
-    k_cache = k.transpose(2, 3).contiguous()
+    order = np.array([3, 1, 5, 0, 4, 2])  # of the tiles' tokens in the batch
+    tokens = np.empty_like(order)
+    tokens[order] = np.cumsum(counts[order]) - counts[order]
+    scratch = np.zeros((2, scratch_size(tile, head_dim, max(tables))), dtype=np.float32)
+    k_cache, v_cache = cache_form(k, v)
+    tiles = np.stack((indptr[:-1], first_ends, tokens, counts), axis=1)
     items = len(lengths) * kv_heads
 
     def arguments(target: Tensor) -> tuple[object, ...]:
         return (
-            *(TAGS[dtype], units(group), units(head_dim // 16)),
-            *(x.data_ptr() for x in (q, k_cache, v, target)),
-            *(ids, indptr[:-1], np.array(lengths), tokens, window, np.float32(head_dim**-0.5), kv_heads),
+            *(TAGS[dtype], units(head_dim // 16)),
+            *(tile.rows, tile.score_rows, tile.score_blocks, tile.value_rows, group),
+            *(q.data_ptr(), q.stride(0) * q.itemsize),
+            *(x.data_ptr() for x in (k_cache, v_cache, target)),
+            *(ids, tiles, window, np.float32(head_dim**-0.5), kv_heads),
         )
 
     attend_range(*arguments(out), scratch[0], 0, items)
     attend_parallel(*arguments(out_2), scratch, np.array([0, items // 2, items]))
 
     assert torch.equal(out, out_2)
-    for seq, length in enumerate(lengths):
-        blocks = ids[indptr[seq] : indptr[seq + 1]]
-        keys, values = (torch.cat([x[b].transpose(0, 1) for b in blocks])[:length].float() for x in (k, v))
-        row = int(tokens[seq])
+    for i, (end, count) in enumerate(zip(first_ends, counts, strict=True)):
+        blocks = ids[indptr[i] : indptr[i + 1]]
+        keys, values = (
+            torch.cat([x[b].transpose(0, 1) for b in blocks])[: lengths[i]].float() for x in (k, v)
+        )
+        own = slice(int(tokens[i]), int(tokens[i] + count))
         expected = reference_attention(
-            q[row : row + 1].float(), keys, values, start=length - 1, window=window or None
+            q[own].float(), keys, values, start=int(end) - 1, window=window or None
         )
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        torch.testing.assert_close(out[row : row + 1].float(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(out[own].float(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,8 +129,7 @@ def test_rotated_keys_and_values_land_in_their_slots(
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     weights = torch.randn(2, head_dim).to(dtype)
     slots = np.array([5 * BLOCK + 3, 0, 2 * BLOCK + 15])
-    k_cache = torch.zeros(6, kv_heads, head_dim, BLOCK, dtype=dtype)
-    v_cache = torch.zeros(6, kv_heads, BLOCK, head_dim, dtype=dtype)
+    k_cache, v_cache = cache_form(*torch.zeros(2, 6, kv_heads, BLOCK, head_dim, dtype=dtype))
     q, k, v = (part.clone() for part in torch.split(qkv, [heads, kv_heads, kv_heads], dim=1))
     if with_norm:
         q, k = plain_norm(q, weights[0], 1e-6), plain_norm(k, weights[1], 1e-6)
@@ -125,11 +147,13 @@ def test_rotated_keys_and_values_land_in_their_slots(
 
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(qkv[:, :heads], q, rtol=tolerance, atol=tolerance)
+    expected_k, expected_v = torch.zeros(2, 6, kv_heads, BLOCK, head_dim, dtype=dtype)
     for token, slot in enumerate(slots.tolist()):
         block, offset = divmod(slot, BLOCK)
-        torch.testing.assert_close(k_cache[block, :, :, offset], k[token], rtol=tolerance, atol=tolerance)
-        assert torch.equal(v_cache[block, :, offset], v[token])
-    assert int((v_cache.abs().sum(-1) > 0).sum()) == 3 * kv_heads
+        expected_k[block, :, offset], expected_v[block, :, offset] = k[token], v[token]
+    expected_k, expected_v = cache_form(expected_k, expected_v)
+    torch.testing.assert_close(k_cache, expected_k, rtol=tolerance, atol=tolerance)
+    assert torch.equal(v_cache, expected_v)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
