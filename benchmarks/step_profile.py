@@ -29,7 +29,7 @@ from machine_floor import MachineFloor, measure_floor
 from phase_timer import PhaseTimer
 from random_adapters import write_adapter
 
-from loramux.engine import core, messages, model_runner, scheduler
+from loramux.engine import core, messages, scheduler, torch_step
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
 from loramux.engine.kernels import attention
@@ -83,8 +83,8 @@ def timer_of(engine: Engine) -> PhaseTimer:
     timer.time(scheduler.Scheduler, "schedule", "schedule")
     timer.time(scheduler.Scheduler, "update", "update")
     timer.time(InputBuilder, "build", "input")
-    timer.time(model_runner.ModelRunner, "_sample", "sample: rows")
-    timer.time(model_runner, "sample", "sample")
+    timer.time(torch_step.TorchSteps, "_sample", "sample: rows")
+    timer.time(torch_step, "sample", "sample")
     timer.time(decoder.Decoder, "forward", "decoder loop")
     timer.time(decoder.Decoder, "logits", HEAD)
     timer.time(decoder.Decoder, "_embed", "embed")

@@ -18,7 +18,7 @@ _FUNCTIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
 }
-_PARALLEL_ROWS = 128  # from here on a second thread is worth its waking
+_PARALLEL_ROWS = 16  # from here on a second thread is worth its waking
 
 
 class Activation:

@@ -176,6 +176,59 @@ def sum_values(
     return types.void(dtype, rows, vectors, i64, i64, i64, i64, i64, i64, i64), codegen
 
 
+@intrinsic
+def store_key(typing: Any, dtype: Any, vectors: Any, k: Any, target: Any) -> tuple[Any, Any]:
+    """Write one token's key into its column of a block.
+
+    Args:
+        vectors: head_dim / 16, as `units`
+        k: address of [head_dim]
+        target: address of the token's first word in the block
+    """
+    words = vectors.count * LANES // _per_word(dtype)
+    word = ir.IntType(32).as_pointer()
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        source, column = (builder.inttoptr(address, word) for address in args[2:])
+        for i in range(words):
+            value = builder.load(builder.gep(source, [ir.Constant(_I64, i)]))
+            builder.store(value, builder.gep(column, [ir.Constant(_I64, i * LANES)]))
+        return context.get_dummy_value()
+
+    return types.void(dtype, vectors, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_value(
+    typing: Any, dtype: Any, vectors: Any, value: Any, target: Any, is_second: Any
+) -> tuple[Any, Any]:
+    """Write one token's value into its row of a block; of bfloat16 only its half of each word.
+
+    Args:
+        vectors: head_dim / 16, as `units`
+        value: address of [head_dim]
+        target: address of the first word that holds the token
+        is_second: whether its half is the upper one; other threads may write the lower one meanwhile
+    """
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        v = Vectors(builder)
+        _, _, value_, target_, is_second_ = args
+        offsets = [v.i64(i * LANES) for i in range(vectors.count)]
+        if dtype != types.uint16:
+            for offset in offsets:
+                v.store(target_, offset, v.load(value_, offset, dtype), dtype)
+            return context.get_dummy_value()
+        with builder.if_else(builder.icmp_signed("!=", is_second_, v.i64(0))) as branches:
+            for half, branch in zip((1, 0), branches, strict=True):
+                with branch:
+                    for offset in offsets:
+                        v.store_half(target_, value_, offset, half)
+        return context.get_dummy_value()
+
+    return types.void(dtype, vectors, types.int64, types.int64, types.int64), codegen
+
+
 def _entry(builder: Builder, table: Value, index: Value) -> Value:
     return builder.load(builder.gep(builder.inttoptr(table, _I64.as_pointer()), [index]))
 

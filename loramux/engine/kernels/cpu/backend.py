@@ -17,14 +17,14 @@ from loramux.engine.kernels.attention import (
     token_slots,
 )
 from loramux.engine.kernels.cpu.attention import Tile, attend_parallel, attend_range, scratch_size, tile_of
-from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, Storage, split_evenly, storage
+from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, split_evenly
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
 from loramux.engine.kernels.cpu.rows import rotate_and_store, rotate_and_store_parallel
 from loramux.engine.kernels.cpu.vector_ir import LANES
 from loramux.engine.layers.norm import RMSNorm
 
-PARALLEL_ITEMS = 48  # sequences * KV heads of a decode step from which a second thread pays for its waking
+PARALLEL_ITEMS = 12  # sequences * KV heads of a decode step from which a second thread pays for its waking
 PARALLEL_TOKENS = 64  # tokens from which rotating and storing is worth a second thread
 
 
@@ -36,14 +36,6 @@ def supports(shape: AttentionShape) -> bool:
         and shape.block_size == BLOCK
         and shape.head_dim % (2 * LANES) == 0
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CpuKVCache(KVCache):
-    """One layer's keys and values, also as the arrays that the kernels take."""
-
-    k_rows: Storage
-    v_rows: Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,7 @@ class CpuAttention:
         v = lazy_zeros(
             (num_blocks, s.num_kv_heads, BLOCK // word, s.head_dim, word), dtype=s.dtype, device=s.device
         )
-        return CpuKVCache(k, v, storage(k), storage(v))
+        return KVCache(k, v)
 
     def plan(self, layout: BatchLayout) -> CpuAttentionInput:
         """One tile a sequence that decodes, several tiles a prompt; all of a sequence share its table."""
@@ -116,28 +108,26 @@ class CpuAttention:
     ) -> Tensor:
         """See `Attention.store`; q and k are changed in place."""
         assert isinstance(plan, CpuAttentionInput)
-        assert isinstance(cache, CpuKVCache)
         s = self._shape
         heads = qkv.view(-1, s.num_heads + 2 * s.num_kv_heads, s.head_dim)
-        rows = storage(heads)
+        num_tokens = len(heads)
         arguments = (
             self._tag,
             qkv.data_ptr(),
             *((angles[0].data_ptr(), angles[1].data_ptr()) if angles is not None else (0, 0)),
             *((norms[0].address, norms[1].address) if norms is not None else (0, 0)),
             norms[0].eps if norms is not None else 0.0,
-            cache.k_rows,
-            cache.v_rows,
+            cache.k.data_ptr(),
+            cache.v.data_ptr(),
             plan.slots,
             s.num_heads,
             s.num_kv_heads,
-            s.head_dim,
-            rows,
+            self._vectors,
         )
-        if len(rows) < PARALLEL_TOKENS or self._threads == 1:
-            rotate_and_store(*arguments, 0, len(rows))
+        if num_tokens < PARALLEL_TOKENS or self._threads == 1:
+            rotate_and_store(*arguments, 0, num_tokens)
         else:
-            rotate_and_store_parallel(*arguments, split_evenly(len(rows), self._threads))
+            rotate_and_store_parallel(*arguments, split_evenly(num_tokens, self._threads))
         return heads[:, : s.num_heads]
 
     def attend(self, q: Tensor, cache: KVCache, plan: AttentionInput, *, window: int | None) -> Tensor:

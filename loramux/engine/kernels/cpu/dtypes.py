@@ -13,7 +13,6 @@ from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, FLOAT32, Dtype
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 Ints = npt.NDArray[np.int64]
-Storage = npt.NDArray[np.uint16] | npt.NDArray[np.float32]
 
 TAGS: Final[dict[torch.dtype, Dtype]] = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
@@ -21,11 +20,6 @@ TAGS: Final[dict[torch.dtype, Dtype]] = {torch.bfloat16: BFLOAT16, torch.float32
 def takes(x: Tensor, *widths: int) -> bool:
     """True if the kernels compute on tensors like `x`, with rows of these widths."""
     return x.device.type == "cpu" and x.dtype in TAGS and all(width % LANES == 0 for width in widths)
-
-
-def storage(x: Tensor) -> Storage:
-    """The tensor's own memory as numbers that numpy knows: bfloat16 as its bits."""
-    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def split_evenly(count: int, parts: int) -> Ints:

@@ -8,25 +8,25 @@ Addresses are `Tensor.data_ptr()`; shapes and contiguity are the callers' promis
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
+from loramux.engine.kernels.cpu.attention_ir import store_key, store_value
 from loramux.engine.kernels.cpu.intrinsics import (
     BLOCK,
     Address,
     Dtype,
+    Size,
     item_size,
     rotate_row,
     scale_row,
     silu_mul_row,
     sum_of_squares,
 )
+from loramux.engine.kernels.cpu.vector_ir import LANES
 
 Ints = npt.NDArray[np.int64]
-Storage = npt.NDArray[Any]  # uint16 (bfloat16 bits) or float32
 
 
 @njit(cache=True, error_model="numpy")
@@ -81,13 +81,12 @@ def rotate_and_store(
     q_weight: Address,
     k_weight: Address,
     eps: float,
-    k_cache: Storage,
-    v_cache: Storage,
+    k_cache: Address,
+    v_cache: Address,
     slots: Ints,
     heads: int,
     kv_heads: int,
-    head_dim: int,
-    rows: Storage,
+    vectors: Size,
     begin: int,
     end: int,
 ) -> None:
@@ -98,14 +97,15 @@ def rotate_and_store(
         qkv: address of [num_tokens, heads + 2 * kv_heads, head_dim]; q and k are changed
         cos, sin: addresses of [num_tokens, head_dim], or 0 for no rotation
         q_weight, k_weight: addresses of [head_dim], or 0 for no norm
-        k_cache, v_cache: [num_blocks, kv_heads, head_dim / word, 16, word] and [num_blocks, kv_heads,
-            16 / word, head_dim, word] with `word` elements of 32 bits, arrays of the dtype's storage type
+        k_cache, v_cache: addresses of [num_blocks, kv_heads, head_dim / word, 16, word] and [num_blocks,
+            kv_heads, 16 / word, head_dim, word], `word` elements of 32 bits
         slots: [num_tokens] int64, block * 16 + offset of each token
-        rows: qkv as an array of the storage type
+        vectors: head_dim / 16, as `units`
     """
+    head_dim = len(vectors) * LANES
     head_bytes = head_dim * item_size(dtype)
     row_bytes = (heads + 2 * kv_heads) * head_bytes
-    word = k_cache.shape[4]  # elements of 32 bits
+    word = 4 // item_size(dtype)  # elements of 32 bits
     for token in range(begin, end):
         row = qkv + token * row_bytes
         angle = token * head_bytes
@@ -120,12 +120,11 @@ def rotate_and_store(
                 rotate_row(dtype, head_dim // 2, x, cos + angle, sin + angle, x)
         block, offset = slots[token] // BLOCK, slots[token] % BLOCK
         for h in range(kv_heads):
-            for d in range(head_dim // word):
-                for e in range(word):
-                    k_cache[block, h, d, offset, e] = rows[token, heads + h, d * word + e]
-            for d in range(head_dim):
-                value = rows[token, heads + kv_heads + h, d]
-                v_cache[block, h, offset // word, d, offset % word] = value
+            base = (block * kv_heads + h) * BLOCK * head_bytes
+            key = row + (heads + h) * head_bytes
+            store_key(dtype, vectors, key, k_cache + base + offset * 4)
+            line = v_cache + base + offset // word * word * head_bytes
+            store_value(dtype, vectors, key + kv_heads * head_bytes, line, offset % word)
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
@@ -137,13 +136,12 @@ def rotate_and_store_parallel(
     q_weight: Address,
     k_weight: Address,
     eps: float,
-    k_cache: Storage,
-    v_cache: Storage,
+    k_cache: Address,
+    v_cache: Address,
     slots: Ints,
     heads: int,
     kv_heads: int,
-    head_dim: int,
-    rows: Storage,
+    vectors: Size,
     bounds: Ints,
 ) -> None:
     """`rotate_and_store` in several threads."""
@@ -161,8 +159,7 @@ def rotate_and_store_parallel(
             slots,
             heads,
             kv_heads,
-            head_dim,
-            rows,
+            vectors,
             bounds[i],
             bounds[i + 1],
         )

@@ -122,6 +122,20 @@ class Vectors:
         second = [self.b.bitcast(self.b.and_(word, upper), _VEC) for word in (x, y)]
         return self.fma(second[0], second[1], self.fma(first[0], first[1], total))
 
+    def store_half(self, target: Value, source: Value, index: Value, half: int) -> None:
+        """Sixteen 16-bit elements into the lower (0) or upper (1) halves of words, the others untouched."""
+        bits = self.b.load(self._pointer(source, index, is_half=True), align=2)
+        lanes = [lane // 2 for lane in range(2 * LANES)]
+        pairs = self.b.shuffle_vector(
+            bits, ir.Constant(_VEC_I16, ir.Undefined), ir.Constant(ir.VectorType(_I32, 2 * LANES), lanes)
+        )
+        bit = ir.IntType(1)
+        mask = ir.Constant(ir.VectorType(bit, 2 * LANES), [lane % 2 == half for lane in range(2 * LANES)])
+        words = self.b.bitcast(self._pointer(target, index, is_half=False), pairs.type.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pairs.type, words.type, _I32, mask.type])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.masked.store.v32i16.p0")
+        self.b.call(function, [pairs, words, ir.Constant(_I32, 2), mask])
+
     def sum(self, value: Value) -> Value:
         """All lanes added, in a fixed order that the compiler chooses."""
         function = cgutils.get_or_insert_function(

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from loramux.engine.kernels.attention import reference_attention
 from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range, scratch_size, tile_of
-from loramux.engine.kernels.cpu.dtypes import TAGS, storage
+from loramux.engine.kernels.cpu.dtypes import TAGS
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.lora import add_lora_rows, add_lora_rows_parallel, row_scratch
 from loramux.engine.kernels.cpu.rows import rms_norm, rotate_and_store, silu_mul
@@ -142,7 +142,7 @@ def test_rotated_keys_and_values_land_in_their_slots(
         *((cos.data_ptr(), sin.data_ptr()) if with_angles else (0, 0)),
         *((weights[0].data_ptr(), weights[1].data_ptr()) if with_norm else (0, 0)),
         1e-6,
-        *(storage(k_cache), storage(v_cache), slots, heads, kv_heads, head_dim, storage(qkv), 0, 3),
+        *(k_cache.data_ptr(), v_cache.data_ptr(), slots, heads, kv_heads, units(head_dim // 16), 0, 3),
     )
 
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
