@@ -388,6 +388,8 @@ class SequenceStream:
 
 
 def _describe_exit(code: int) -> str:
+    if code == messages.EXIT_RANK_LOST:
+        return "another process of the tensor-parallel engine ended"
     if code >= 0:
         return f"exit code {code}"
     return f"signal {signal.Signals(-code).name}"

@@ -22,6 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"  # auto = the checkpoint's, with float16 run as bfloat16 on a CPU
     device: str = "auto"  # auto | cpu | cuda
     load_format: str = "auto"  # auto and safetensors read files; dummy = random weights of the right shapes
+    tensor_parallel_size: int = 1  # ranks: processes with a part of the model each, on a device of its own
     quantization: str | None = None  # of the base weights: fp8 = per output channel, with fp8 activations
     max_model_len: int | None = None  # tokens; None = the model's own limit
     max_num_seqs: int = 128  # sequences that run at the same time
@@ -36,7 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduling_policy: str = "fcfs"  # fcfs | priority
     async_scheduling: bool | None = None  # plan a step while the last one runs; None = on a GPU
     seed: int = 0  # for requests that bring none
-    num_threads: int | None = None  # CPU compute threads; None = one a physical core
+    num_threads: int | None = None  # CPU compute threads of all ranks; None = one a physical core
     enable_lora: bool = False
     max_loras: int = 8  # with default_pool_rank, the size of the lane pool
     max_lora_rank: int = 256  # an adapter above it is refused
@@ -48,6 +49,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         positive = (
+            ("tensor_parallel_size", "--tensor-parallel-size"),
             ("max_num_seqs", "--max-num-seqs"),
             ("max_num_batched_tokens", "--max-num-batched-tokens"),
             ("block_size", "--block-size"),

@@ -32,6 +32,7 @@ from loramux.engine.errors import (
 from loramux.engine.grammar import PARAM
 from loramux.engine.grammar_compiler import GrammarCompiler
 from loramux.engine.model_runner import ModelRunner
+from loramux.engine.parallel.leader import LeadingRunner
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.step import RunningStep, ScheduledBatch
 from loramux.engine.tally import Tally, resident_bytes
@@ -50,11 +51,18 @@ STALLED_WAIT_S = 0.01  # longest sleep of a step in which nothing can run; bound
 class Engine:
     """One model replica: requests in, tokens out."""
 
-    def __init__(self, config: EngineConfig, on_layer: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_layer: Callable[[int, int], None] | None = None,
+        on_rank_lost: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Load the model.
 
         Args:
             on_layer: called with (layers loaded, layers in all), for a progress bar.
+            on_rank_lost: called with a sentence, in a thread, when a process of a tensor-parallel engine
+                has ended; a step then raises EngineDead.
 
         Raises:
             UnsupportedModel, InvalidConfig: the model cannot be served as configured.
@@ -63,7 +71,11 @@ class Engine:
         self._started_at = time.time()
         self._step_tokens = Tally(STEP_TOKENS_BOUNDS)
         self.config = config
-        self.runner = ModelRunner(config, on_layer)
+        self.runner = (
+            ModelRunner(config, on_layer)
+            if config.tensor_parallel_size == 1
+            else LeadingRunner(config, on_layer, on_rank_lost)
+        )
         self.adapters = AdapterStore(
             LaneTable(config.lane_pool),
             max_host_bytes=config.host_lora_bytes,
@@ -86,6 +98,7 @@ class Engine:
             self.adapters,
             read=self.runner.read_adapter,
             fill=self.runner.fill_lanes,
+            forget_host=self.runner.forget_adapter,
             keep_tables=self.runner.keep_tables,
             forget_kv=self.scheduler.blocks.forget,
             fail_waiting=self._fail_waiting,
@@ -95,7 +108,7 @@ class Engine:
         )
         self._running: deque[tuple[ScheduledBatch, RunningStep]] = deque()  # oldest first
         self._max_running = 1 if self.runner.runs_ahead else 0  # steps left running when `step` returns
-        self._close = weakref.finalize(self, _close, self.residency.loader, self.grammars)
+        self._close = weakref.finalize(self, _close, self.residency.loader, self.grammars, self.runner)
         self._failures: list[tuple[str, LoramuxError]] = []
         self.info = self._describe(time.monotonic() - started)
 
@@ -224,7 +237,7 @@ class Engine:
         self.begin_unload(digest, lambda _: None)
 
     def close(self) -> None:
-        """End the background thread."""
+        """End the background threads, and the other ranks."""
         self._close()
 
     def stats(self) -> EngineStats:
@@ -301,6 +314,7 @@ class Engine:
         )
 
 
-def _close(loader: AdapterLoader, grammars: GrammarCompiler) -> None:
+def _close(loader: AdapterLoader, grammars: GrammarCompiler, runner: ModelRunner) -> None:
     loader.close()
     grammars.close()
+    runner.close()

@@ -106,6 +106,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
 
 FromEngine = Ready | StartFailed | Outputs | RequestFailed | Reply | Heartbeat
 
+EXIT_RANK_LOST = 3  # exit code of an engine that lost another rank's process
+
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(list[ToEngine])
 _from_engine = msgspec.msgpack.Decoder(list[FromEngine])

@@ -123,6 +123,17 @@ class ModelRunner:
         return self._steps.launch(batch, self.tables, tokenizer)
 
     @torch.inference_mode()
+    def follow(self, batch: ScheduledBatch) -> None:
+        """Compute this rank's part of a step that rank 0 launches."""
+        self._steps.follow(batch, self.tables)
+
+    def forget_adapter(self, digest: str) -> None:
+        """An adapter's host weights are freed; here they are the caller's."""
+
+    def close(self) -> None:
+        """Give back what does not go with the runner itself; here nothing."""
+
+    @torch.inference_mode()
     def _load_model(
         self, config: EngineConfig, attention: Attention, on_layer: Callable[[int, int], None] | None
     ) -> Decoder:
@@ -148,6 +159,11 @@ class ModelRunner:
                 on_layer=count_layer,
             )
 
+    def _cpu_budget(self, num_bytes: int) -> MemoryBudget:
+        size = self._shard.size
+        shared = "" if size == 1 else f" / {size} ranks"
+        return MemoryBudget(limit=num_bytes // size, origin=f"--kv-cache-bytes{shared}")
+
     def _size_kv_cache(self, config: EngineConfig) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""
         c = self._shard.own
@@ -160,12 +176,13 @@ class ModelRunner:
             may_shorten=config.max_model_len is None,
             num_blocks=config.num_kv_blocks,
         )
-        budget = MemoryBudget(limit=config.kv_cache_bytes // self._shard.size, origin="--kv-cache-bytes")
+        budget = self._cpu_budget(config.kv_cache_bytes)
         if self.device.type == "cuda":
             parts = [("adapter lanes", self.lanes.nbytes)]
             budget = gpu_budget(self.device, config.gpu_memory_utilization, parts=parts)
         if self._peers is not None:
-            budget = replace(budget, limit=self._peers.smallest(budget.limit))  # all ranks plan the same
+            left = self._peers.smallest(budget.left)  # so that all ranks plan the same
+            budget = replace(budget, limit=budget.limit - budget.left + left)
         plan = plan_kv_cache(budget, demand)
         if plan.max_model_len < self.max_model_len:
             logger.warning("context limited to %d tokens by the KV cache: %s", plan.max_model_len, budget)

@@ -128,7 +128,7 @@ def main(address: str, config_json: str) -> int:
     pair.setsockopt(zmq.LINGER, 1000)
     pair.connect(address)
     try:
-        engine = Engine(config)
+        engine = Engine(config, on_rank_lost=lambda _: os._exit(messages.EXIT_RANK_LOST))
     except LoramuxError as error:
         pair.send(messages.encode([messages.StartFailed(type(error).__name__, error.message, error.param)]))
         pair.close()

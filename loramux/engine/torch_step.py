@@ -77,6 +77,13 @@ class TorchSteps:
             self._last = self._sample(logits, inputs, masks.result() if masks else None, found)
         return DoneStep(self._last)
 
+    def follow(self, batch: ScheduledBatch, tables: Mapping[str, AdapterTables]) -> None:
+        """Compute this rank's part of a step that rank 0 launches; only rank 0 samples."""
+        inputs = self._builder.build(batch, tables)
+        hidden = self._model.forward(inputs, self._caches)
+        if len(hidden):
+            self._model.logits(hidden, inputs.tables)
+
     def _sample(
         self,
         logits: Tensor,

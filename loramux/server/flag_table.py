@@ -89,7 +89,13 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         switch("async-scheduling", "plan a step while the last one runs (default on a GPU)"),
         switch("enable-prefix-caching", "reuse the KV of equal prompt starts"),
         Flag("seed", "for requests that bring none", int),
-        Flag("num-threads", "CPU compute threads", parse_count),
+        Flag("num-threads", "CPU compute threads, of all ranks together", parse_count),
+        Flag(
+            "tensor-parallel-size",
+            "ranks that share each layer's work: GPUs, or with --device cpu processes",
+            parse_count,
+            short="tp",
+        ),
     ),
     "answers": (
         switch("enable-force-include-usage", "streams carry usage in every chunk, asked for or not"),

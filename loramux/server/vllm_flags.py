@@ -72,14 +72,13 @@ INERT_OPTIONS: Final = frozenset(
     scheduler-cls scheduler-delay-factor show-hidden-metrics-for-version spec-decoding-acceptance-method
     spec-method spec-model spec-tokens speculative-config speculative-disable-by-batch-size
     speculative-draft-tensor-parallel-size speculative-max-model-len speculative-model
-    speculative-model-quantization structured-outputs-config swap-space task tensor-parallel-size
+    speculative-model-quantization structured-outputs-config swap-space task
     tokenizer-mode tokenizer-pool-extra-config tokenizer-pool-size tokenizer-pool-type
     tokenizer-revision tool-parser-plugin tool-server ubatch-size video-pruning-method
     video-pruning-rate watermark weight-transfer-config worker-cls worker-extension-cls
     """.split()  # noqa: SIM905
 )
 INERT_ALIASES: Final = {
-    "-tp": "tensor-parallel-size",
     "-pp": "pipeline-parallel-size",
     "-dp": "data-parallel-size",
     "-asc": "api-server-count",
@@ -110,7 +109,6 @@ ALWAYS_ON: Final = frozenset(  # switches that ask for what is the case anyway
     """.split()  # noqa: SIM905
 )
 HARMLESS_VALUES: Final = {  # asking for what is the case anyway needs no warning
-    "tensor-parallel-size": "1",
     "pipeline-parallel-size": "1",
     "data-parallel-size": "1",
     "api-server-count": "1",

@@ -59,7 +59,8 @@ def test_command_line_of_a_platform_starts() -> None:
         *("--lora-modules", "x=/p/x", '{"name": "y", "path": "/p/y", "base_model_name": "a"}'),
         *("--api-key", "k", "--uvicorn-log-level=warning", "--max-num-seqs=16"),
         *("--max-num-batched-tokens=1024", "--gpu-memory-utilization=0.5", "--dtype=bfloat16"),
-        *("--enable-prefix-caching", "--enforce-eager", "--tensor-parallel-size=2", "-tp", "2"),
+        *("--enable-prefix-caching", "--enforce-eager", "--tensor-parallel-size=4", "-tp", "2"),
+        *("--pipeline-parallel-size=2",),
         *("--root-path=/llm", "--ssl-keyfile=k.pem", "--ssl-certfile=c.pem", "--disable-log-requests"),
         *("--allowed-origins", '["*"]', "--trust-remote-code", "--enable-chunked-prefill"),
         *("--chat-template=t.jinja", "--hf-overrides", "{}", "--speculative-config.method", "ngram"),
@@ -73,13 +74,14 @@ def test_command_line_of_a_platform_starts() -> None:
     assert config.server.allowed_origins == ("*",)
     assert config.engine.max_num_seqs == 16
     named = " ".join(config.warnings)
-    for flag in ("--enforce-eager", "--tensor-parallel-size", "--speculative-config"):
+    assert config.engine.tensor_parallel_size == 2
+    for flag in ("--enforce-eager", "--pipeline-parallel-size", "--speculative-config"):
         assert f"{flag} has no effect" in named
 
 
 def test_flag_without_effect_warns_only_when_it_would_change_something() -> None:
-    assert read("m", "--tensor-parallel-size", "1").warnings == ()
-    assert len(read("m", "--tensor-parallel-size", "2").warnings) == 1
+    assert read("m", "--pipeline-parallel-size", "1").warnings == ()
+    assert len(read("m", "--pipeline-parallel-size", "2").warnings) == 1
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class AdapterResidency:
         *,
         read: Callable[[AdapterSpec], HostAdapter],
         fill: Callable[[HostAdapter, LaneSpan], None],
+        forget_host: Callable[[str], None],
         keep_tables: Callable[[Set[str]], None],
         forget_kv: Callable[[str], int],
         fail_waiting: Callable[[str, LoramuxError], None],
@@ -48,6 +49,7 @@ class AdapterResidency:
         """Args:
         read: files → host weights; called in the loader's thread.
         fill: host weights → lanes; called in the loader's thread.
+        forget_host: called when an adapter's host weights are freed.
         keep_tables: free what adapters other than these hold on the device beside their lanes.
         forget_kv: drop an adapter's cached KV, returns the number of blocks.
         fail_waiting: end the waiting sequences of an adapter that cannot be had.
@@ -55,6 +57,7 @@ class AdapterResidency:
         self.store = store
         self._read = read
         self._fill = fill
+        self._forget_host = forget_host
         self._keep_tables = keep_tables
         self._forget_kv = forget_kv
         self._fail_waiting = fail_waiting
@@ -166,6 +169,7 @@ class AdapterResidency:
             known = self._known[digest]
             host_bytes = known.host.nbytes if known.host else 0
             known.host = None
+            self._forget_host(digest)
             if digest not in dropped.gone:
                 continue
             del self._known[digest]

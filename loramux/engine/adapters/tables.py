@@ -113,7 +113,7 @@ def check_copies(
 
 def table_weight(module: str, config: ModelConfig, base: Checkpoint) -> str:
     """Name of a table's tensor in the checkpoint."""
-    return head_weight(config, base) if module == HEAD_MODULE else f"{module}.weight"
+    return head_weight(config, base, config.vocab_size) if module == HEAD_MODULE else f"{module}.weight"
 
 
 def gains_by_site(

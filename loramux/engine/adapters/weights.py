@@ -50,11 +50,13 @@ class HostAdapter:
     rank: int
     modules: dict[str, ModuleWeights]  # of the layers
     tables: AdapterTables = field(default_factory=AdapterTables)
+    other_ranks_bytes: int = 0  # of the parts that the other ranks of a tensor-parallel engine hold
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return self.tables.nbytes + sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
+        """Bytes held, on all ranks."""
+        own = self.tables.nbytes + sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
+        return own + self.other_ranks_bytes
 
 
 class LanePool:

@@ -32,7 +32,7 @@ class ShardedEmbedding:
 
     def __init__(self, weight: Tensor, first_token: int, peers: Peers) -> None:
         """Args:
-        weight: [vocabulary per rank, embed_dim], of first_token and the tokens behind it
+        weight: [vocabulary per rank, embed_dim], of first_token and those behind it; padding is 0
         """
         self._weight = weight
         self._first_token = first_token
@@ -56,4 +56,4 @@ class ShardedHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[num_rows, embed_dim] → [num_rows, vocabulary], on every rank."""
-        return self._peers.gather(self._linear(hidden))[:, : self._vocab_size]
+        return self._peers.gather(self._linear(hidden))[:, : self._vocab_size].contiguous()

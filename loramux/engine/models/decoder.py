@@ -25,7 +25,7 @@ from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
 from loramux.engine.layers.rotary import Rotary
 from loramux.engine.layers.vocabulary import Embedding, ShardedEmbedding, ShardedHead
 from loramux.engine.model_input import ModelInput
-from loramux.engine.models.families import HEAD_MODULE, ModelConfig, Site
+from loramux.engine.models.families import HEAD_MODULE, Site
 from loramux.engine.models.weights import WeightSource, head_weight
 from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import SUMMED_SITES, Shard
@@ -74,10 +74,12 @@ class Decoder:
         """
         self.config = config = shard.own
         self._attention = attention
-        self._load = _WeightLoader(config, checkpoint, quantization, peers)
-        embedding = self._load.vocabulary(f"{config.embedding_module}.weight", shard.vocab_per_rank)
+        self._load = _WeightLoader(shard, checkpoint, quantization, peers)
+        embedding = self._load.vocabulary(f"{config.embedding_module}.weight")
         self._embedding = (
-            Embedding(embedding) if peers is None else ShardedEmbedding(embedding, shard.first_token, peers)
+            Embedding(embedding)
+            if peers is None
+            else ShardedEmbedding(embedding, shard.vocab_rows.start, peers)
         )
         self._project_in, self._project_out = self._load.projections()
         self._rotary: Rotary | None = None
@@ -93,9 +95,9 @@ class Decoder:
             self._layers.append(self._load.layer(index, lanes))
             on_layer()
         self._norm = self._load.norm(f"{config.root}.{config.norm_names[2]}") if config.final_norm else None
-        name = head_weight(config, checkpoint)
+        name = head_weight(config, checkpoint, shard.num_vocab_rows)
         is_tied = name != f"{HEAD_MODULE}.weight"
-        head = Linear(embedding if is_tied else self._load.vocabulary(name, shard.vocab_per_rank))
+        head = Linear(embedding if is_tied else self._load.vocabulary(name))
         self._lm_head = head if peers is None else ShardedHead(head, shard.whole.vocab_size, peers)
         checkpoint.check_all_used(may_remain=(f"{HEAD_MODULE}.weight",))
         self._activation = Activation(config.activation, is_gated=config.gated_mlp)
@@ -176,17 +178,19 @@ class _WeightLoader:
     """Builds layers from a checkpoint."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: WeightSource, quantization: str | None, peers: Peers | None
+        self, shard: Shard, checkpoint: WeightSource, quantization: str | None, peers: Peers | None
     ) -> None:
-        self._config = config
+        self._shard = shard
+        self._config = shard.own
         self._checkpoint = checkpoint
         self._quantization = quantization
         self._peers = peers
 
-    def vocabulary(self, name: str, num_rows: int) -> Tensor:
-        """This rank's rows of the embedding or the head, [num_rows, embed_dim]; rows beyond them are 0."""
-        weight = self._checkpoint.take(name, (self._config.vocab_size, self._config.embed_dim))
-        missing = num_rows - weight.shape[0]
+    def vocabulary(self, name: str) -> Tensor:
+        """This rank's rows of the embedding or the head, [vocab_per_rank, embed_dim]; padding is 0."""
+        num_rows = self._shard.num_vocab_rows
+        weight = self._checkpoint.take(name, (num_rows, self._config.embed_dim))
+        missing = self._shard.vocab_per_rank - num_rows
         return functional.pad(weight, (0, 0, 0, missing)) if missing else weight
 
     def layer(self, index: int, lanes: LanePool) -> _Layer:

@@ -202,18 +202,21 @@ def open_weights(
         yield checkpoint
 
 
-def head_weight(config: ModelConfig, checkpoint: WeightSource) -> str:
+def head_weight(config: ModelConfig, checkpoint: WeightSource, num_rows: int) -> str:
     """Name of the tensor that the output head uses: its own, or the embedding's where they are tied.
 
     A checkpoint that says "tied" but brings a head of its own with other numbers is not tied, as in
     transformers 5.
+
+    Args:
+        num_rows: of each table that `checkpoint` reads.
     """
     own, shared = f"{HEAD_MODULE}.weight", f"{config.embedding_module}.weight"
     if own not in checkpoint:
         return shared
     if not config.tie_embeddings:
         return own
-    shape = (config.vocab_size, config.embed_dim)
+    shape = (num_rows, config.embed_dim)
     return shared if torch.equal(checkpoint.take(own, shape), checkpoint.take(shared, shape)) else own
 
 

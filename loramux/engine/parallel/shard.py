@@ -50,7 +50,7 @@ class Shard:
     """One rank's part of a model; the whole model where there is one rank."""
 
     whole: ModelConfig
-    own: ModelConfig  # with this rank's heads, features, biases and rows of the vocabulary
+    own: ModelConfig  # with this rank's heads, features and biases; its vocabulary is the whole one
     rank: int = 0
     size: int = 1
     pieces: Mapping[str, Piece] = field(default_factory=dict)  # by tensor name; others are whole
@@ -69,9 +69,15 @@ class Shard:
         return -(-self.whole.vocab_size // self.size)
 
     @property
-    def first_token(self) -> int:
-        """Of the vocabulary's rows that are this rank's."""
-        return self.rank * self.vocab_per_rank
+    def vocab_rows(self) -> slice:
+        """Tokens whose embedding and logits this rank computes."""
+        first, total = self.rank * self.vocab_per_rank, self.whole.vocab_size
+        return slice(min(first, total), min(first + self.vocab_per_rank, total))
+
+    @property
+    def num_vocab_rows(self) -> int:
+        """How many tokens those are."""
+        return len(range(self.whole.vocab_size)[self.vocab_rows])
 
     def _piece(self, module: str) -> Piece:
         return self.pieces.get(f"{module}.weight", _WHOLE)
@@ -104,15 +110,8 @@ def shard_model(config: ModelConfig, rank: int, size: int) -> Shard:
         _by_rows(mlp_in, (features,) * len(mlp_in.parts)),
         _by_columns(mlp_out, features, rank),
     )
-    vocabulary = _vocabulary_rows(config.vocab_size, rank, size)
-    own = replace(
-        config,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        sites=sites,
-        vocab_size=vocabulary.stop - vocabulary.start,
-    )
-    table = Piece((config.vocab_size, config.embed_dim), rows=vocabulary)
+    shard = Shard(config, replace(config, num_heads=heads, num_kv_heads=kv_heads, sites=sites), rank, size)
+    table = Piece((config.vocab_size, config.embed_dim), rows=shard.vocab_rows)
     pieces = {f"{config.embedding_module}.weight": table, f"{HEAD_MODULE}.weight": table}
     for layer in range(config.num_layers):
         prefix = config.layer_prefix(layer)
@@ -126,12 +125,7 @@ def shard_model(config: ModelConfig, rank: int, size: int) -> Shard:
             pieces[f"{name}.weight"] = Piece(shape, columns=columns)
             if rank > 0:  # the sum of all ranks' outputs holds the bias once
                 pieces[f"{name}.bias"] = Piece(shape[:1], rows=slice(0, 0))
-    return Shard(config, own, rank, size, pieces)
-
-
-def _vocabulary_rows(vocab_size: int, rank: int, size: int) -> slice:
-    per_rank = -(-vocab_size // size)
-    return slice(min(rank * per_rank, vocab_size), min((rank + 1) * per_rank, vocab_size))
+    return replace(shard, pieces=pieces)
 
 
 def _by_rows(site: Site, rows: tuple[slice, ...]) -> Site:

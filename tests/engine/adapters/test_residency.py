@@ -27,6 +27,7 @@ class Device:
             AdapterStore(LaneTable(16)),
             read=lambda spec: HostAdapter(spec.digest, spec.rank, {}),
             fill=self._fill,
+            forget_host=lambda _: None,
             keep_tables=self._keep,
             forget_kv=lambda digest: 0,
             fail_waiting=lambda digest, error: self.failed.append((digest, error)),

@@ -75,7 +75,7 @@ def test_a_rank_is_a_smaller_model(config: ModelConfig) -> None:
     assert (shard.own.num_heads, shard.own.num_kv_heads) == (config.num_heads // 2, config.num_kv_heads // 2)
     assert [site.in_features for site in shard.own.sites] == [48, 24, 48, 40]
     assert [site.out_features for site in shard.own.sites] == [48, 48, 80, 48]
-    assert (shard.own.vocab_size, shard.vocab_per_rank, shard.first_token) == (66, 67, 67)
+    assert (shard.vocab_per_rank, shard.num_vocab_rows, shard.vocab_rows) == (67, 66, slice(67, 133))
 
 
 def test_what_lora_is_cut_by_follows_its_site(config: ModelConfig) -> None:
