@@ -12,6 +12,7 @@ SCHEDULING_POLICIES = ("fcfs", "priority")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 QUANTIZATIONS = (None, "fp8")
+KERNELS = ("auto", "torch", "triton")
 LANE_GROUP = 8  # ranks handed out together; an adapter takes ceil(rank / 8) groups
 
 
@@ -24,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: str = "auto"  # auto and safetensors read files; dummy = random weights of the right shapes
     tensor_parallel_size: int = 1  # ranks: processes with a part of the model each, on a device of its own
     quantization: str | None = None  # of the base weights: fp8 = per output channel, with fp8 activations
+    kernels: str = "auto"  # auto | torch | triton
     max_model_len: int | None = None  # tokens; None = the model's own limit
     max_num_seqs: int = 128  # sequences that run at the same time
     max_num_batched_tokens: int = 2048  # tokens computed in one step
@@ -31,6 +33,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_blocks: int | None = None  # None = from kv_cache_bytes
     kv_cache_bytes: int = 1 << 30  # CPU only; a GPU takes what gpu_memory_utilization leaves
     gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False  # GPU only: no CUDA graphs
+    cudagraph_capture_sizes: list[int] | None = None  # tokens of a step; None = built-in
+    max_cudagraph_capture_size: int | None = None  # no graph for steps of more tokens
     enable_prefix_caching: bool = True
     tokenizer: str | None = None  # folder with tokenizer.json, for grammars; None = the model's
     grammar_compile_timeout_s: float = 10.0  # one grammar; its request fails
@@ -60,6 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("num_threads", "--num-threads"),
             ("kv_cache_bytes", "--kv-cache-bytes"),
             ("max_cpu_loras", "--max-cpu-loras"),
+            ("max_cudagraph_capture_size", "--max-cudagraph-capture-size"),
             ("host_lora_bytes", "--host-lora-bytes"),
         )
         for field, flag in positive:
@@ -77,6 +83,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             if value not in allowed:
                 names = ", ".join(name for name in allowed if name is not None)
                 raise InvalidConfig(f"{flag} must be one of {names}, got {value!r}", param=flag)
+        if self.kernels not in KERNELS:
+            message = f"--kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}"
+            raise InvalidConfig(message, param="--kernels")
         if self.scheduling_policy not in SCHEDULING_POLICIES:
             names, got = " or ".join(SCHEDULING_POLICIES), self.scheduling_policy
             message = f"--scheduling-policy must be {names}, got {got!r}"

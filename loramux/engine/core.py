@@ -92,6 +92,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             by_priority=config.scheduling_policy == "priority",
+            reads_output=self.runner.reads_output,
             shared_prefix_limit=rope.original_max_position if rope and rope.kind == "dynamic" else None,
         )
         self.residency = AdapterResidency(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from loramux.engine.kernels.attention import Attention, AttentionInput, BatchLayout
 from loramux.engine.kernels.cpu.dtypes import Ints
 from loramux.engine.kernels.cpu.lora import Floats
-from loramux.engine.kernels.lora import GainSegment, LoraInput, Segment, plan_lora
+from loramux.engine.kernels.lora import GainSegment, Segment, plan_lora
 from loramux.engine.kernels.tables import AdapterTables, TableSegment
 from loramux.engine.step import SampledToken, ScheduledBatch, ScheduledSequence
 
@@ -30,7 +31,7 @@ class ModelInput:
     positions: Tensor  # [num_tokens] int64
     rope_lengths: Tensor | None  # [num_tokens] int64, with dynamic RoPE only
     attention: AttentionInput
-    lora: LoraInput | None
+    lora: Any  # `LoraInput`, or what the GPU's kernels read; None if no token has an adapter
     tables: list[TableSegment]  # tokens whose adapter changes a vocabulary table or has gains
     logits_index: Tensor  # [num_logits] int64: tokens whose logits are wanted
     order: list[ScheduledSequence]  # the sequences in token order
@@ -67,12 +68,7 @@ class InputBuilder:
             tables: of the adapters on the device that have some, by digest
             last: what the step before sampled, by request id; sequences may not know of it yet
         """
-        order = sorted(batch.sequences, key=lambda s: (s.count > 1, s.seq.lanes.first if s.seq.lanes else -1))
-        starts = np.array([s.start for s in order], dtype=np.int64)
-        counts = np.array([s.count for s in order], dtype=np.int64)
-        offsets = np.concatenate(([0], np.cumsum(counts)))
-        owner = np.repeat(np.arange(len(order)), counts)
-        positions = np.arange(offsets[-1]) - offsets[:-1][owner] + starts[owner]
+        order, layout = arrange(batch)
         token_ids = np.concatenate(
             [
                 np.array(
@@ -81,20 +77,16 @@ class InputBuilder:
                 for s in order
             ]
         )
-        blocks = [np.array(s.seq.block_ids, dtype=np.int64) for s in order]
-        num_decode = int((counts == 1).sum())
-        logits_index, logits_rows = _wanted_logits(order, offsets)
-        own_tables = _table_segments(order, offsets, logits_rows, tables) if tables else []
+        logits_index, logits_rows = wanted_logits(order, layout.offsets)
+        own_tables = table_segments(order, layout.offsets, logits_rows, tables) if tables else []
         return ModelInput(
             token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            rope_lengths=self._lengths(order, owner, positions),
-            attention=self._attention.plan(
-                BatchLayout(starts + counts, counts, offsets, owner, positions, blocks, num_decode)
-            ),
+            positions=self._tensor(layout.positions),
+            rope_lengths=self._tensor(rope_lengths(order, layout)) if self._needs_lengths else None,
+            attention=self._attention.plan(layout),
             lora=plan_lora(
-                _segments(order, offsets, num_decode),
-                num_decode,
+                _segments(order, layout.offsets, layout.num_decode),
+                layout.num_decode,
                 dtype=self._dtype,
                 device=self._device,
                 scratch=self._lora_scratch,
@@ -109,11 +101,24 @@ class InputBuilder:
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
-    def _lengths(self, order: list[ScheduledSequence], owner: Ints, positions: Ints) -> Tensor | None:
-        if not self._needs_lengths:
-            return None
-        prompts = np.array([s.seq.num_prompt for s in order], dtype=np.int64)
-        return self._tensor(np.maximum(prompts[owner], positions + 1))
+
+def arrange(batch: ScheduledBatch) -> tuple[list[ScheduledSequence], BatchLayout]:
+    """The module's token order, and where everything lies in it."""
+    order = sorted(batch.sequences, key=lambda s: (s.count > 1, s.seq.lanes.first if s.seq.lanes else -1))
+    starts = np.array([s.start for s in order], dtype=np.int64)
+    counts = np.array([s.count for s in order], dtype=np.int64)
+    offsets = np.concatenate(([0], np.cumsum(counts)))
+    owner = np.repeat(np.arange(len(order)), counts)
+    positions = np.arange(offsets[-1]) - offsets[:-1][owner] + starts[owner]
+    blocks = [np.array(s.seq.block_ids, dtype=np.int64) for s in order]
+    num_decode = int((counts == 1).sum())
+    return order, BatchLayout(starts + counts, counts, offsets, owner, positions, blocks, num_decode)
+
+
+def rope_lengths(order: list[ScheduledSequence], layout: BatchLayout) -> Ints:
+    """[num_tokens]: the lengths whose frequencies dynamic RoPE uses, see `Rotary.angles`."""
+    prompts = np.array([s.seq.num_prompt for s in order], dtype=np.int64)
+    return np.maximum(prompts[layout.owner], layout.positions + 1)
 
 
 def _segments(order: list[ScheduledSequence], offsets: Ints, num_decode: int) -> list[Segment]:
@@ -133,7 +138,7 @@ def _segments(order: list[ScheduledSequence], offsets: Ints, num_decode: int) ->
     return segments
 
 
-def _table_segments(
+def table_segments(
     order: list[ScheduledSequence],
     offsets: Ints,
     logits_rows: list[tuple[int, int]],
@@ -153,7 +158,7 @@ def _table_segments(
     return segments
 
 
-def _wanted_logits(order: list[ScheduledSequence], offsets: Ints) -> tuple[Ints, list[tuple[int, int]]]:
+def wanted_logits(order: list[ScheduledSequence], offsets: Ints) -> tuple[Ints, list[tuple[int, int]]]:
     """Which tokens' logits are wanted, and each sequence's rows among them.
 
     A sequence that samples wants its last token; one that wants prompt log-probabilities wants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Set
@@ -27,7 +28,9 @@ from loramux.engine.models.families import ModelConfig, load_model_config
 from loramux.engine.models.weights import BaseWeights, open_weights
 from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import shard_model
-from loramux.engine.step import RunningStep, ScheduledBatch
+from loramux.engine.sequence import Sequence
+from loramux.engine.step import RunningStep, ScheduledBatch, Steps
+from loramux.engine.step_buffers import StepLimits, step_limits
 from loramux.engine.torch_step import TorchSteps
 from loramux.engine.types import AdapterSpec
 
@@ -63,6 +66,7 @@ class ModelRunner:
             torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
+        self._uses_triton = config.kernels == "triton"
         self.runs_ahead = _or_default(config.async_scheduling, self.device.type == "cuda")
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
@@ -72,20 +76,13 @@ class ModelRunner:
         self.tables: dict[str, AdapterTables] = {}  # of the adapters on the device that have some
         has_files = config.load_format != "dummy"
         self._base = BaseWeights(Path(config.model) if has_files else None, self.dtype)
-        attention = _attention(self._shard.own, config.block_size, self.dtype, self.device)
-        self.model = self._load_model(config, attention, on_layer)
-        self.num_kv_blocks = self._size_kv_cache(config)
-        self._caches = [
-            attention.empty_cache(self.num_kv_blocks) for _ in range(self.model_config.num_layers)
-        ]
-        builder = InputBuilder(
-            attention=attention,
-            needs_lengths=self.model.needs_lengths,
-            lora_scratch=self.lanes.scratch,
-            dtype=self.dtype,
-            device=self.device,
+        limits = step_limits(
+            config, max_model_len=self.max_model_len, vocab_size=self.model_config.vocab_size
         )
-        self._steps = TorchSteps(self.model, self._caches, builder, seed=config.seed)
+        shape = _attention_shape(self._shard.own, config.block_size, self.dtype, self.device)
+        attention = _attention(shape, limits, uses_triton=self._uses_triton)
+        self.model = self._load_model(config, attention, on_layer)
+        self._steps = self._start_steps(config, attention, limits)
 
     @torch.inference_mode()
     def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
@@ -121,6 +118,10 @@ class ModelRunner:
             tokenizer: of the grammars; needed if a sequence of the batch has one.
         """
         return self._steps.launch(batch, self.tables, tokenizer)
+
+    def reads_output(self, seq: Sequence) -> bool:
+        """True if a sequence's next token can be chosen only when the host knows the last one."""
+        return self._steps.reads_output(seq)
 
     @torch.inference_mode()
     def follow(self, batch: ScheduledBatch) -> None:
@@ -164,7 +165,35 @@ class ModelRunner:
         shared = "" if size == 1 else f" / {size} ranks"
         return MemoryBudget(limit=num_bytes // size, origin=f"--kv-cache-bytes{shared}")
 
-    def _size_kv_cache(self, config: EngineConfig) -> int:
+    def _start_steps(self, config: EngineConfig, attention: Attention, limits: StepLimits) -> Steps:
+        """Take the memory that is left as KV cache, and be ready for the first step."""
+        vocab_size, num_layers = self.model_config.vocab_size, self.model_config.num_layers
+        start = None
+        if self._uses_triton:
+            start = importlib.import_module("loramux.engine.gpu_start").prepare(
+                config,
+                limits,
+                attention,
+                self.model,
+                num_layers=num_layers,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        self.num_kv_blocks = self._size_kv_cache(config, start.reserves() if start else [])
+        caches = [attention.empty_cache(self.num_kv_blocks) for _ in range(num_layers)]
+        if start is not None:
+            steps: Steps = start.begin(caches)
+            return steps
+        builder = InputBuilder(
+            attention=attention,
+            needs_lengths=self.model.needs_lengths,
+            lora_scratch=self.lanes.scratch,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return TorchSteps(self.model, caches, builder, vocab_size=vocab_size, seed=config.seed)
+
+    def _size_kv_cache(self, config: EngineConfig, reserves: list[tuple[str, int]]) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""
         c = self._shard.own
         per_layer = 2 * c.num_kv_heads * c.head_dim * config.block_size * self.dtype.itemsize
@@ -179,7 +208,7 @@ class ModelRunner:
         budget = self._cpu_budget(config.kv_cache_bytes)
         if self.device.type == "cuda":
             parts = [("adapter lanes", self.lanes.nbytes)]
-            budget = gpu_budget(self.device, config.gpu_memory_utilization, parts=parts)
+            budget = gpu_budget(self.device, config.gpu_memory_utilization, parts=parts, reserves=reserves)
         if self._peers is not None:
             left = self._peers.smallest(budget.left)  # so that all ranks plan the same
             budget = replace(budget, limit=budget.limit - budget.left + left)
@@ -194,9 +223,10 @@ class ModelRunner:
         return plan.num_blocks
 
 
-def _attention(model: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> Attention:
-    """The fastest implementation that serves this model on this device."""
-    shape = AttentionShape(
+def _attention_shape(
+    model: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device
+) -> AttentionShape:
+    return AttentionShape(
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
@@ -205,6 +235,15 @@ def _attention(model: ModelConfig, block_size: int, dtype: torch.dtype, device: 
         dtype=dtype,
         device=device,
     )
+
+
+def _attention(shape: AttentionShape, limits: StepLimits, *, uses_triton: bool) -> Attention:
+    """The fastest implementation that serves this model on this device."""
+    if uses_triton:
+        attention: Attention = importlib.import_module("loramux.engine.gpu_start").gpu_attention(
+            shape, limits
+        )
+        return attention
     return CpuAttention(shape) if supports(shape) else TorchAttention(shape)
 
 

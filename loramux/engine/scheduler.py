@@ -24,11 +24,12 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import deque
+from collections.abc import Callable
 
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager, hash_block, prefix_seed
 from loramux.engine.grammar import GrammarMatcher
-from loramux.engine.sequence import Sequence, SequenceStatus
+from loramux.engine.sequence import Sequence, SequenceStatus, reads_output
 from loramux.engine.step import ScheduledBatch, ScheduledSequence, StepResult, output_of
 from loramux.engine.types import Request, SequenceOutput
 
@@ -48,10 +49,12 @@ class Scheduler:
         max_num_batched_tokens: int,
         by_priority: bool = False,
         shared_prefix_limit: int | None = None,
+        reads_output: Callable[[Sequence], bool] = reads_output,
     ) -> None:
         """Args:
         shared_prefix_limit: with dynamic RoPE, prompts above this length rotate all their keys
             by their own length and must not share them with prompts of another length.
+        reads_output: whether a sequence's next token can be chosen only when its last one is known here.
         """
         self.blocks = blocks
         self.adapters = adapters
@@ -59,6 +62,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.by_priority = by_priority
         self.shared_prefix_limit = shared_prefix_limit
+        self._reads_output = reads_output
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.leaving: list[Sequence] = []  # ended, but a step still computes them
@@ -96,7 +100,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> ScheduledBatch | None:
         """Choose the next step; None when nothing can run, or not before the running step is done."""
-        if any(seq.num_pending and seq.reads_output for seq in self.running):
+        if any(seq.num_pending and self._reads_output(seq) for seq in self.running):
             return None
         budget = self.max_num_batched_tokens
         chosen: list[tuple[Sequence, int]] = []

@@ -108,13 +108,6 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
-    def reads_output(self) -> bool:
-        """True if its next token can be chosen only when the host knows the last one."""
-        s = self.sampling
-        penalised = s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
-        return self.matcher is not None or penalised or bool(s.bad_words_token_ids)
-
-    @property
     def wants_prompt_logprobs(self) -> bool:
         """True while the prompt's log-probabilities still have to be collected."""
         return self.sampling.prompt_logprobs is not None and self.num_output == 0
@@ -129,3 +122,10 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.matcher is not None and token_id not in self.sampling.end_token_ids:
             self.matcher.accept(token_id)
+
+
+def reads_output(seq: Sequence) -> bool:
+    """True if a sampler that counts and matches tokens on the host must know the last one first."""
+    s = seq.sampling
+    penalised = s.repetition_penalty != 1.0 or s.presence_penalty != 0.0 or s.frequency_penalty != 0.0
+    return seq.matcher is not None or penalised or bool(s.bad_words_token_ids)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+from llguidance import LLTokenizer
 
 from loramux.engine.sequence import Sequence
 from loramux.engine.types import SequenceOutput, SequenceTiming, TokenLogprobs
@@ -70,6 +72,29 @@ class RunningStep(Protocol):
 
     def result(self) -> StepResult:
         """Wait until it is done; called once, in the order of the steps."""
+        ...
+
+
+class Steps(Protocol):
+    """What computes the steps of a model."""
+
+    def launch(
+        self, batch: ScheduledBatch, tables: Mapping[str, Any], tokenizer: LLTokenizer | None
+    ) -> RunningStep:
+        """Start a step; at most one before it may still run.
+
+        Args:
+            tables: of the adapters on the device that have some (`AdapterTables`), by digest.
+            tokenizer: of the grammars; needed if a sequence of the batch has one.
+        """
+        ...
+
+    def follow(self, batch: ScheduledBatch, tables: Mapping[str, Any]) -> None:
+        """Compute this rank's part of a step that rank 0 launches; only rank 0 samples."""
+        ...
+
+    def reads_output(self, seq: Sequence) -> bool:
+        """True if its next token can be chosen only when the host knows the last one."""
         ...
 
 

@@ -30,6 +30,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loramux.engine.config import EngineConfig
+
 Field = tuple[tuple[int, ...], npt.DTypeLike]  # shape and numpy dtype
 Fields = Mapping[str, Field]
 HostFields = Mapping[str, npt.NDArray[Any]]
@@ -37,6 +39,7 @@ DeviceFields = Mapping[str, Tensor]
 
 ALIGNMENT: Final = 128  # bytes; kernels may assume 16
 NUM_SLOTS: Final = 2
+TOKEN_MULTIPLE: Final = 16  # to which steps without a graph are padded: kernels are compiled for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,19 @@ class StepLimits:
     block_size: int  # tokens of a KV block
     num_lanes: int  # of the pool; 0 without LoRA
     vocab_size: int
+
+
+def step_limits(config: EngineConfig, *, max_model_len: int, vocab_size: int) -> StepLimits:
+    """The largest step of a configuration."""
+    most = max(config.max_num_batched_tokens, config.max_num_seqs)
+    return StepLimits(
+        max_tokens=-(-most // TOKEN_MULTIPLE) * TOKEN_MULTIPLE,
+        max_seqs=config.max_num_seqs,
+        max_blocks=-(-max_model_len // config.block_size),
+        block_size=config.block_size,
+        num_lanes=config.lane_pool,
+        vocab_size=vocab_size,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.layers.sampler import SamplingRow, sample, token_logprobs
 from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.models.decoder import Decoder
-from loramux.engine.sequence import Sequence
+from loramux.engine.sequence import Sequence, reads_output
 from loramux.engine.step import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from loramux.engine.types import TokenLogprobs
 
@@ -47,15 +47,18 @@ class DoneStep:
 class TorchSteps:
     """Builds a step's tensors, runs the model once and samples."""
 
-    def __init__(self, model: Decoder, caches: list[KVCache], builder: InputBuilder, *, seed: int) -> None:
+    def __init__(
+        self, model: Decoder, caches: list[KVCache], builder: InputBuilder, *, vocab_size: int, seed: int
+    ) -> None:
         """Args:
+        vocab_size: of the logits.
         seed: for sequences that bring none.
         """
         self._model = model
         self._caches = caches
         self._builder = builder
         self._seeds = Seeds(seed)
-        self._grammars = GrammarStep(model.config.vocab_size)
+        self._grammars = GrammarStep(vocab_size)
         self._last = StepResult({})
 
     def launch(
@@ -73,7 +76,7 @@ class TorchSteps:
         self._last = StepResult({})
         if len(hidden):  # not every sequence is in the middle of its prompt
             logits = self._model.logits(hidden, inputs.tables)
-            found = prompt_logprobs(logits, inputs)
+            found = prompt_logprobs(logits, inputs.order, inputs.logits_rows)
             self._last = self._sample(logits, inputs, masks.result() if masks else None, found)
         return DoneStep(self._last)
 
@@ -83,6 +86,10 @@ class TorchSteps:
         hidden = self._model.forward(inputs, self._caches)
         if len(hidden):
             self._model.logits(hidden, inputs.tables)
+
+    def reads_output(self, seq: Sequence) -> bool:
+        """See `Steps`: the sampler counts tokens on the host."""
+        return reads_output(seq)
 
     def _sample(
         self,
@@ -119,14 +126,17 @@ def sampling_row(item: ScheduledSequence, seed: int) -> SamplingRow:
     return SamplingRow(seq.sampling, seed, seq.token_ids, seq.num_prompt, item.num_pending)
 
 
-def prompt_logprobs(logits: Tensor, inputs: ModelInput) -> dict[str, list[TokenLogprobs]]:
+def prompt_logprobs(
+    logits: Tensor, order: list[ScheduledSequence], logits_rows: list[tuple[int, int]]
+) -> dict[str, list[TokenLogprobs]]:
     """Of the sequences that want them and whose prompt the step computes, by request id.
 
     Args:
-        logits: [num_logits, vocab_size] of `inputs.logits_index`.
+        logits: [num_logits, vocab_size]
+        logits_rows: per sequence of `order`, its rows.
     """
     found = {}
-    for item, (begin, end) in zip(inputs.order, inputs.logits_rows, strict=True):
+    for item, (begin, end) in zip(order, logits_rows, strict=True):
         seq = item.seq
         if item.wants_prompt_logprobs:
             targets = seq.token_ids[item.start + 1 : item.end + 1]  # one fewer where the prompt ends

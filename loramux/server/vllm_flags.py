@@ -22,7 +22,7 @@ INERT_SWITCHES: Final = frozenset(
     enable-multimodal-encoder-data-parallel enable-offline-docs enable-prompt-adapter
     enable-prompt-embeds enable-prompt-tokens-details enable-reasoning enable-request-id-headers
     enable-return-routed-experts enable-scale-out enable-server-load-tracking enable-sleep-mode
-    enable-tower-connector-lora enforce-eager fail-on-environ-validation fully-sharded-loras grpc
+    enable-tower-connector-lora fail-on-environ-validation fully-sharded-loras grpc
     guided-decoding-disable-additional-properties guided-decoding-disable-any-whitespace
     guided-decoding-disable-fallback headless jit-monitor-verbose kv-cache-metrics
     kv-sharing-fast-prefill language-model-only log-error-stack mm-device-do-normalize mm-encoder-only
@@ -37,7 +37,7 @@ INERT_OPTIONS: Final = frozenset(
     additional-config all2all-backend allowed-local-media-path allowed-media-domains api-server-count
     attention-backend attention-config code-revision cohere-format collect-detailed-traces
     compilation-config config-format convert cp-kv-cache-interleave-size cpu-distributed-timeout-seconds
-    cpu-offload-gb cpu-offload-params cuda-graph-sizes cudagraph-capture-sizes data-parallel-address
+    cpu-offload-gb cpu-offload-params data-parallel-address
     data-parallel-backend data-parallel-rank data-parallel-rpc-port data-parallel-size
     data-parallel-size-local data-parallel-start-rank data-parallel-supervisor-port
     dbo-decode-token-threshold dbo-prefill-token-threshold dcp-comm-backend dcp-kv-cache-interleave-size
@@ -53,7 +53,7 @@ INERT_OPTIONS: Final = frozenset(
     logits-processors logprobs-mode long-lora-scaling-factors long-prefill-token-threshold
     lora-extra-vocab-size lora-target-modules mamba-backend mamba-block-size mamba-cache-dtype
     mamba-cache-mode mamba-cache-philox-rounds mamba-ssm-cache-dtype master-addr master-port
-    max-cudagraph-capture-size max-long-partial-prefills max-lora-cls-labels max-num-partial-prefills
+    max-long-partial-prefills max-lora-cls-labels max-num-partial-prefills
     max-num-scheduled-tokens max-parallel-loading-workers max-prompt-adapter-token max-prompt-adapters
     max-seq-len-to-capture media-io-kwargs middleware mm-encoder-attn-backend mm-encoder-attn-dtype
     mm-encoder-fp8-scale-path mm-encoder-fp8-scale-save-margin mm-encoder-fp8-scale-save-path

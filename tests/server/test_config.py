@@ -75,7 +75,7 @@ def test_command_line_of_a_platform_starts() -> None:
     assert config.engine.max_num_seqs == 16
     named = " ".join(config.warnings)
     assert config.engine.tensor_parallel_size == 2
-    for flag in ("--enforce-eager", "--pipeline-parallel-size", "--speculative-config"):
+    for flag in ("--pipeline-parallel-size", "--speculative-config"):
         assert f"{flag} has no effect" in named
 
 
@@ -153,7 +153,7 @@ def test_flag_wins_over_environment_and_environment_over_file(tmp_path: Path) ->
     file = tmp_path / "c.yaml"
     file.write_text(
         "port: 1\nhost: file\nmax_num_seqs: 3\nenable-lora: true\n"
-        "served-model-name: [x, y]\nenforce-eager: true\n"
+        "served-model-name: [x, y]\nenable-dbo: true\n"
     )
 
     config = read("m", f"--config={file}", "--port=2", LORAMUX_PORT="4", LORAMUX_HOST="env")
@@ -161,7 +161,7 @@ def test_flag_wins_over_environment_and_environment_over_file(tmp_path: Path) ->
     assert (config.server.port, config.server.host, config.engine.max_num_seqs) == (2, "env", 3)
     assert config.engine.enable_lora
     assert config.server.served_model_names == ("x", "y")
-    assert config.warnings == ("--enforce-eager has no effect in loramux",)
+    assert config.warnings == ("--enable-dbo has no effect in loramux",)
 
 
 def test_flag_wins_over_another_spelling_of_it_in_the_file(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ class Rotary:
         if lengths is None:
             return self._cos[positions][:, None], self._sin[positions][:, None]
         base = dynamic_base(self._config, self._head_dim, lengths.double())
-        exponents = torch.arange(0, self._head_dim, 2, dtype=torch.float32) / self._head_dim
-        inv_freq = 1.0 / (base.float()[:, None].cpu() ** exponents)
-        cos, sin = self._tables(positions.cpu().float(), inv_freq, 1.0)
+        exponents = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=base.device)
+        inv_freq = 1.0 / (base.float()[:, None] ** (exponents / self._head_dim))
+        cos, sin = self._tables(positions.float(), inv_freq, 1.0)
         return cos[:, None], sin[:, None]
 
     def _tables(self, positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
