@@ -67,7 +67,8 @@ class ModelRunner:
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
         self._uses_triton = config.kernels == "triton"
-        self.runs_ahead = _or_default(config.async_scheduling, self.device.type == "cuda")
+        runs_ahead = _or_default(config.async_scheduling, self.device.type == "cuda")
+        self.runs_ahead = runs_ahead and peers is None  # other ranks are told tokens by the host
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
         if lane_dtype != self.dtype:
