@@ -82,12 +82,11 @@ class Engine:
             max_host_adapters=config.max_cpu_loras,
         )
         rope = self.runner.model_config.rope
+        blocks = BlockManager(
+            self.runner.num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
         self.scheduler = Scheduler(
-            blocks=BlockManager(
-                self.runner.num_kv_blocks,
-                config.block_size,
-                enable_prefix_caching=config.enable_prefix_caching,
-            ),
+            blocks=blocks,
             adapters=self.adapters,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

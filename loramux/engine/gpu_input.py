@@ -202,12 +202,13 @@ class GpuInputs:
         host["is_pending"][:] = False
         pending: list[tuple[int, int]] = []  # token of this step, row of the one before
         num_decode = layout.num_decode
-        last_known = []
+        own = []
         for token, item in enumerate(order[:num_decode]):
-            last_known.append(0 if item.num_pending else item.seq.token_ids[item.start])
-            if item.num_pending:
+            known = item.seq.token_ids[item.start : item.end]
+            own.append(known[0] if known else 0)
+            if not known:
                 pending.append((token, last_rows[item.seq.request_id]))
-        ids[:num_decode] = last_known
+        ids[:num_decode] = own
         for item, begin in zip(order[num_decode:], layout.offsets[num_decode:-1].tolist(), strict=True):
             ids[begin : begin + item.count] = item.seq.token_ids[item.start : item.end]
         ids[num_tokens:] = 0
