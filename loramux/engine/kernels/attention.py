@@ -31,6 +31,7 @@ from loramux.engine.layers.rotary import rotate
 
 Angles = tuple[Tensor, Tensor]  # cos, sin: [num_tokens, 1, head_dim]
 
+FP8_MAX = 448.0  # of float8_e4m3fn, which has no infinity
 QUERY_BLOCK = 128  # prompt rows computed at once: bounds the score matrix, skips the upper triangle
 
 
@@ -100,6 +101,12 @@ class AttentionShape:
     windows: tuple[int | None, ...]  # the distinct sliding windows of the layers
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: torch.dtype | None = None  # of the cache; None = dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the cache's numbers."""
+        return self.kv_dtype or self.dtype
 
     @property
     def scale(self) -> float:
@@ -154,7 +161,7 @@ class TorchAttention:
         """One layer's cache, zeroed."""
         s = self._shape
         size = (num_blocks, s.num_kv_heads, s.block_size, s.head_dim)
-        return KVCache(*(torch.zeros(size, dtype=s.dtype, device=s.device) for _ in "kv"))
+        return KVCache(*(torch.zeros(size, dtype=s.cache_dtype, device=s.device) for _ in "kv"))
 
     def plan(self, layout: BatchLayout) -> TorchAttentionInput:
         """Write rows for every token, groups of decode rows, and prompt chunks."""
@@ -181,8 +188,9 @@ class TorchAttention:
             q, k = norms[0](q), norms[1](k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        cache.k.view(-1, s.head_dim).index_copy_(0, plan.write_rows, k.reshape(-1, s.head_dim))
-        cache.v.view(-1, s.head_dim).index_copy_(0, plan.write_rows, v.reshape(-1, s.head_dim))
+        for own, values in ((cache.k, k), (cache.v, v)):
+            rows = to_cache(values.reshape(-1, s.head_dim), own.dtype)
+            as_storable(own).view(-1, s.head_dim).index_copy_(0, plan.write_rows, as_storable(rows))
         return q.contiguous()
 
     def attend(self, q: Tensor, cache: KVCache, plan: AttentionInput, *, window: int | None) -> Tensor:
@@ -195,7 +203,10 @@ class TorchAttention:
         for chunk in plan.prompts:
             tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
             num_kv_heads, _, head_dim = cache.k.shape[1:]
-            k, v = (_gather(x, chunk.cache_rows).view(num_kv_heads, -1, head_dim) for x in (cache.k, cache.v))
+            k, v = (
+                _gather(x, chunk.cache_rows, q.dtype).view(num_kv_heads, -1, head_dim)
+                for x in (cache.k, cache.v)
+            )
             out[tokens] = _prompt(q[tokens], k.transpose(1, 2), v, chunk.start, self._shape.scale, window)
         return out.view(q.shape[0], -1)
 
@@ -259,10 +270,23 @@ def token_slots(layout: BatchLayout, block_size: int) -> Ints:
     return slots
 
 
-def _gather(cache: Tensor, rows: Tensor) -> Tensor:
+def to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a cache of `dtype` holds it; what 8 bits cannot hold becomes the largest value that they can."""
+    if dtype == torch.float8_e4m3fn:
+        x = x.clamp(-FP8_MAX, FP8_MAX)
+    return x.to(dtype)
+
+
+def as_storable(x: Tensor) -> Tensor:
+    """The same memory in a dtype that can be gathered and scattered everywhere."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+def _gather(cache: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of the cache as [rows / num_blocks of a sequence, num_blocks * block_size, head_dim]."""
     block_size, head_dim = cache.shape[2:]
-    return cache.view(-1, block_size * head_dim).index_select(0, rows)
+    gathered = as_storable(cache).view(-1, block_size * head_dim).index_select(0, rows)
+    return gathered.view(cache.dtype).to(dtype)
 
 
 def _decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float, window: int | None) -> Tensor:
@@ -270,8 +294,8 @@ def _decode(q: Tensor, cache: KVCache, group: DecodeGroup, scale: float, window:
     num_kv_heads = cache.k.shape[1]
     mask = group.masks[window]
     shape = (num_seqs * num_kv_heads, mask.shape[-1], head_dim)
-    k = _gather(cache.k, group.cache_rows).view(shape)
-    v = _gather(cache.v, group.cache_rows).view(shape)
+    k = _gather(cache.k, group.cache_rows, q.dtype).view(shape)
+    v = _gather(cache.v, group.cache_rows, q.dtype).view(shape)
     folded = q.reshape(num_seqs * num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = torch.bmm(folded, k.transpose(1, 2)).float()
     scores = scores.view(num_seqs, num_kv_heads, -1, mask.shape[-1]).mul_(scale).add_(mask)
@@ -317,12 +341,15 @@ def _causal_mask(first: int, last: int, low: int, window: int | None, device: to
     return torch.zeros(distance.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, start: int, window: int | None) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, start: int, window: int | None, soft_cap: float | None = None
+) -> Tensor:
     """The equation for one sequence, token by token, head by head, in the inputs' precision.
 
     Args:
         q: [num_tokens, num_heads, head_dim] at positions start...
         k, v: [start + num_tokens, num_kv_heads, head_dim]
+        soft_cap: scores become soft_cap * tanh(score / soft_cap)
     """
     num_tokens, num_heads, head_dim = q.shape
     group = num_heads // k.shape[1]
@@ -332,5 +359,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, *, start: int, window: 
         low = 0 if window is None else max(0, end - window)
         for head in range(num_heads):
             scores = k[low:end, head // group] @ q[token, head] * head_dim**-0.5
+            if soft_cap is not None:
+                scores = torch.tanh(scores / soft_cap) * soft_cap
             out[token, head] = torch.softmax(scores, dim=0) @ v[low:end, head // group]
     return out

@@ -26,6 +26,8 @@ class Tiles:
     num_stages: int
     programs: int  # wanted at the same time; with fewer tiles, the keys of a tile are split
     min_keys: int  # a split is not smaller
+    mask_all: bool  # every score is masked, in one loop, instead of a loop for those that need no mask
+    unroll: int  # parts of a tile that are read at the same time when they are added up
 
     def queries(self, group: int) -> int:
         """Query tokens of a tile."""
@@ -45,15 +47,17 @@ def decode_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
         block_n=64 if wide <= 256 else 32,
         num_warps=4,
         num_stages=3,
-        programs=4 * NUM_SMS,
+        programs=176,
         min_keys=128,
+        mask_all=True,
+        unroll=4,
     )
 
 
 def prompt_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """For prompt chunks."""
     if dtype == torch.float32:  # no tensor cores: what counts is that it fits
-        rows, keys, warps, stages = (32, 32, 4, 2) if padded(head_dim) > 128 else (64, 32, 8, 2)
+        rows, keys, warps, stages = (32, 32, 8, 2) if padded(head_dim) > 128 else (64, 32, 8, 2)
     elif padded(head_dim) > 128:
         rows, keys, warps, stages = 128, 64, 8, 2
     else:
@@ -63,6 +67,8 @@ def prompt_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
         block_n=keys,
         num_warps=warps,
         num_stages=stages,
-        programs=2 * NUM_SMS,
+        programs=NUM_SMS,
         min_keys=512,
+        mask_all=False,
+        unroll=1,
     )

@@ -37,7 +37,12 @@ def compile_case(case: CompileCase) -> int:
     signature = {
         name: "constexpr" if name in case.constants else case.types[name] for name in case.kernel.arg_names
     }
-    source = ASTSource(case.kernel, signature=signature, constexprs=case.constants)
+    aligned = {
+        (index,): [["tt.divisibility", 16]]  # as every tensor that torch allocates
+        for index, name in enumerate(case.kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget(*SM_90), options=case.options)
     return int(compiled.metadata.shared)
 
