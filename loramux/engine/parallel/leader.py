@@ -5,6 +5,7 @@ It lives in the engine's process, beside the scheduler, and is the only rank tha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,8 @@ from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import FLAG, shard_model
 from loramux.engine.step import RunningStep, ScheduledBatch
 from loramux.engine.types import AdapterSpec
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,6 +56,8 @@ class LeadingRunner(ModelRunner):
             EngineDead: a rank ended while it was starting.
         """
         num_ranks = config.tensor_parallel_size
+        if config.async_scheduling:
+            logger.warning("--async-scheduling has no effect with %s", FLAG)
         shard_model(load_model_config(Path(config.model)), 0, num_ranks)  # refuse before anything starts
         device = find_device(config.device)
         if device.type == "cuda" and torch.cuda.device_count() < num_ranks:
@@ -119,6 +124,7 @@ class LeadingRunner(ModelRunner):
         try:
             with self._crew.blamed():
                 super().__init__(config, on_layer, peers)
+                self.runs_ahead = False  # the others hear of a token with the step that reads it
         except EngineDead:
             self._crew.check(self._crew.last_words())  # it may have said why
             raise
