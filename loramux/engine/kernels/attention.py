@@ -19,7 +19,7 @@ indices depend only on the block tables, so they are built once a step and used 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class Attention(Protocol):
 
     def store(
         self,
-        qkv: Tensor,
+        qkv: Any,
         angles: Angles | None,
         norms: tuple[RMSNorm, RMSNorm] | None,
         cache: KVCache,
@@ -136,7 +136,8 @@ class Attention(Protocol):
         """Normalise and rotate the heads of q and k, and write k and v into the cache.
 
         Args:
-            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], consumed
+            qkv: what the site yields, consumed: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+                and, on a GPU, what is still to be added to it
             angles: None for models without rotation
             norms: of q's and k's heads; None for models without
 

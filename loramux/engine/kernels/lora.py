@@ -189,7 +189,7 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
     """
     for g in plan.gains:
         if (own := g.gains.get(site.index)) is not None:
-            _scale(out[g.begin : g.end], own)
+            scale_output(out[g.begin : g.end], own)
     if plan.rows is not None:
         _add_rows(out, x, site, plan.rows)
     if plan.masked is not None:
@@ -214,7 +214,8 @@ def _add_rows(out: Tensor, x: Tensor, site: SiteLanes, own: LoraRows) -> None:
         add_lora_rows(*arguments, own.scratch[0], 0, len(own.rows))
 
 
-def _scale(out: Tensor, own: OutputGain) -> None:
+def scale_output(out: Tensor, own: OutputGain) -> None:
+    """Apply an adapter's gain to the base output of its own tokens, in place."""
     if own.offset is None:
         out.mul_(own.gain)
     else:

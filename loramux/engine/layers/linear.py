@@ -46,6 +46,11 @@ class Linear:
             torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if self._prepacked else weight
         )
 
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features]"""
+        return self._bias
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_tokens, in_features] → [num_tokens, out_features]."""
         if self._prepacked:

@@ -18,10 +18,11 @@ from torch.nn import functional
 
 from loramux.engine.adapters.weights import LanePool
 from loramux.engine.kernels.attention import Angles, Attention, KVCache
+from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.kernels.tables import TableSegment, change_embedding, change_logits
-from loramux.engine.layers.activation import Activation
-from loramux.engine.layers.linear import BaseLinear, Linear, LoraLinear, make_linear
+from loramux.engine.layers.linear import Linear, make_linear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
+from loramux.engine.layers.parts import LinearSite, Parts, ResidualNorm, SiteOutput, TorchParts
 from loramux.engine.layers.rotary import Rotary
 from loramux.engine.layers.vocabulary import Embedding, ShardedEmbedding, ShardedHead
 from loramux.engine.model_input import ModelInput
@@ -33,13 +34,13 @@ from loramux.engine.parallel.shard import SUMMED_SITES, Shard
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    norm_1: Norm
-    qkv: LoraLinear
+    norm_1: ResidualNorm
+    qkv: LinearSite
     head_norms: tuple[RMSNorm, RMSNorm] | None  # of q's and k's heads
-    attn_out: LoraLinear
-    norm_2: Norm
-    mlp_in: LoraLinear
-    mlp_out: LoraLinear
+    attn_out: LinearSite
+    norm_2: ResidualNorm
+    mlp_in: LinearSite
+    mlp_out: LinearSite
     window: int | None
 
 
@@ -53,6 +54,7 @@ class Decoder:
         lanes: LanePool,
         attention: Attention,
         *,
+        parts: Parts | None = None,
         peers: Peers | None = None,
         max_len: int,
         dtype: torch.dtype,
@@ -65,6 +67,7 @@ class Decoder:
         Args:
             shard: the part of the model that this rank computes.
             lanes, attention: for that part.
+            parts: makes the layers' parts; None = `TorchParts`.
             peers: the other ranks; None if there are none.
             quantization: form of the layers' weights; embedding and head stay in `dtype`.
             on_layer: called after each layer, for a progress bar.
@@ -74,7 +77,8 @@ class Decoder:
         """
         self.config = config = shard.own
         self._attention = attention
-        self._load = _WeightLoader(shard, checkpoint, quantization, peers)
+        self._parts = parts or TorchParts()
+        self._load = _WeightLoader(shard, checkpoint, self._parts, quantization, peers)
         embedding = self._load.vocabulary(f"{config.embedding_module}.weight")
         self._embedding = (
             Embedding(embedding)
@@ -94,13 +98,14 @@ class Decoder:
         for index in range(config.num_layers):
             self._layers.append(self._load.layer(index, lanes))
             on_layer()
-        self._norm = self._load.norm(f"{config.root}.{config.norm_names[2]}") if config.final_norm else None
+        final_norm = f"{config.root}.{config.norm_names[2]}"
+        self._norm = self._parts.norm(self._load.norm(final_norm)) if config.final_norm else None
         name = head_weight(config, checkpoint, shard.num_vocab_rows)
         is_tied = name != f"{HEAD_MODULE}.weight"
         head = Linear(embedding if is_tied else self._load.vocabulary(name))
         self._lm_head = head if peers is None else ShardedHead(head, shard.whole.vocab_size, peers)
         checkpoint.check_all_used(may_remain=(f"{HEAD_MODULE}.weight",))
-        self._activation = Activation(config.activation, is_gated=config.gated_mlp)
+        self._activation = self._parts.activation(config.activation, is_gated=config.gated_mlp)
 
     @property
     def needs_lengths(self) -> bool:
@@ -115,12 +120,12 @@ class Decoder:
         """
         x = self._embed(batch)
         angles = self._rotary.angles(batch.positions, batch.rope_lengths) if self._rotary else None
-        delta: Tensor | None = None  # the last sub-layer's output, not yet added to x
+        delta: SiteOutput = None  # the last sub-layer's output, not yet added to x
         for layer, cache in zip(self._layers, caches, strict=True):
             x, delta = self._run_layer(layer, x, delta, batch, cache, angles)
         x = x[batch.logits_index]
         if delta is not None:
-            x += delta[batch.logits_index]
+            x += self._parts.whole(delta)[batch.logits_index]
         if self._norm is not None:
             x = self._norm(x)
         return self._project_out(x) if self._project_out is not None else x
@@ -144,11 +149,11 @@ class Decoder:
         self,
         layer: _Layer,
         x: Tensor,
-        delta: Tensor | None,
+        delta: SiteOutput,
         batch: ModelInput,
         cache: KVCache,
         angles: Angles | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, SiteOutput]:
         """One layer: the residual stream (changed in place) and what is still to be added to it."""
         if self.config.post_norm:
             x = layer.norm_1.after_add(x, self._attend(layer, x, batch, cache, angles))
@@ -164,13 +169,13 @@ class Decoder:
         batch: ModelInput,
         cache: KVCache,
         angles: Angles | None,
-    ) -> Tensor:
+    ) -> SiteOutput:
         qkv = layer.qkv(x, batch.lora)
         q = self._attention.store(qkv, angles, layer.head_norms, cache, batch.attention)
         out = self._attention.attend(q, cache, batch.attention, window=layer.window)
         return layer.attn_out(out, batch.lora)
 
-    def _mlp(self, layer: _Layer, x: Tensor, batch: ModelInput) -> Tensor:
+    def _mlp(self, layer: _Layer, x: Tensor, batch: ModelInput) -> SiteOutput:
         return layer.mlp_out(self._activation(layer.mlp_in(x, batch.lora)), batch.lora)
 
 
@@ -178,11 +183,17 @@ class _WeightLoader:
     """Builds layers from a checkpoint."""
 
     def __init__(
-        self, shard: Shard, checkpoint: WeightSource, quantization: str | None, peers: Peers | None
+        self,
+        shard: Shard,
+        checkpoint: WeightSource,
+        parts: Parts,
+        quantization: str | None,
+        peers: Peers | None,
     ) -> None:
         self._shard = shard
         self._config = shard.own
         self._checkpoint = checkpoint
+        self._parts = parts
         self._quantization = quantization
         self._peers = peers
 
@@ -197,19 +208,14 @@ class _WeightLoader:
         c = self._config
         prefix = c.layer_prefix(index)
         qkv, attn_out, mlp_in, mlp_out = (
-            LoraLinear(
-                self._site(prefix, site),
-                lanes.site(index, site.name),
-                self._peers if site.name in SUMMED_SITES else None,
-            )
-            for site in c.sites
+            self._site(prefix, site, lanes.site(index, site.name)) for site in c.sites
         )
         return _Layer(
-            norm_1=self.norm(prefix + c.norm_names[0]),
+            norm_1=self._parts.norm(self.norm(prefix + c.norm_names[0])),
             qkv=qkv,
             head_norms=self._head_norms(prefix) if c.qk_norm else None,
             attn_out=attn_out,
-            norm_2=self.norm(prefix + c.norm_names[1]),
+            norm_2=self._parts.norm(self.norm(prefix + c.norm_names[1])),
             mlp_in=mlp_in,
             mlp_out=mlp_out,
             window=c.windows[index],
@@ -237,22 +243,27 @@ class _WeightLoader:
         q, k = (take(f"{prefix}self_attn.{x}_norm.weight", (c.head_dim,)) for x in "qk")
         return RMSNorm(q, c.norm_eps), RMSNorm(k, c.norm_eps)
 
-    def _site(self, prefix: str, site: Site) -> BaseLinear:
+    def _site(self, prefix: str, site: Site, lanes: SiteLanes | None) -> LinearSite:
         names = [prefix + part.module for part in site.parts]
-        weight = self._fused([f"{name}.weight" for name in names], site, (site.in_features,))
+        place = None if lanes is None or lanes.weight is None else lanes.weight[: site.out_features]
+        weight = self._fused([f"{name}.weight" for name in names], site, (site.in_features,), place)
         bias = self._fused([f"{name}.bias" for name in names], site, ()) if site.bias else None
-        return make_linear(weight, bias, self._quantization)
+        linear = make_linear(weight, bias, self._quantization)
+        return self._parts.site(site.name, linear, lanes, self._peers if site.name in SUMMED_SITES else None)
 
-    def _fused(self, names: list[str], site: Site, row: tuple[int, ...]) -> Tensor:
+    def _fused(
+        self, names: list[str], site: Site, row: tuple[int, ...], place: Tensor | None = None
+    ) -> Tensor:
         """The parts' tensors below each other, each read into its place.
 
         Args:
             names: one a part
             row: shape of what belongs to one output feature
+            place: where the whole is to lie; None = anywhere
         """
-        if len(names) == 1:
+        if len(names) == 1 and place is None:
             return self._checkpoint.take(names[0], (site.out_features, *row))
-        fused = self._checkpoint.empty((site.out_features, *row))
+        fused = self._checkpoint.empty((site.out_features, *row)) if place is None else place
         widths = [part.out_features for part in site.parts]
         for name, rows in zip(names, torch.split(fused, widths), strict=True):
             self._checkpoint.fill(rows, name)
