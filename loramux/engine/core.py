@@ -78,7 +78,7 @@ class Engine:
         )
         self.adapters = AdapterStore(
             LaneTable(config.lane_pool),
-            max_host_bytes=config.host_lora_bytes,
+            max_host_bytes=self.runner.max_host_lora_bytes or config.host_lora_bytes,
             max_host_adapters=config.max_cpu_loras,
         )
         rope = self.runner.model_config.rope

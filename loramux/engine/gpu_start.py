@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import torch
 
+from loramux.engine.adapters.transfer import LaneTransfer
+from loramux.engine.adapters.weights import LanePool
 from loramux.engine.config import EngineConfig
 from loramux.engine.cuda_graph import (
     CudaRecorder,
@@ -30,6 +32,7 @@ from loramux.engine.kernels.gpu.lora_input import lane_buckets
 from loramux.engine.layers import device_sampler
 from loramux.engine.layers.device_sampler import DeviceSampler
 from loramux.engine.models.decoder import Decoder
+from loramux.engine.parallel.shard import Shard
 from loramux.engine.step_buffers import StepLimits
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,12 @@ Progress = Callable[[int, int], None]
 def gpu_attention(shape: AttentionShape, limits: StepLimits) -> Any:
     """The attention in Triton."""
     return importlib.import_module(f"{_KERNELS}.attention").GpuAttention(shape, limits)
+
+
+def lane_transfer(pool: LanePool, shard: Shard, *, host_bytes: int, device: torch.device) -> LaneTransfer:
+    """How adapters come into lanes."""
+    scatter = importlib.import_module(f"{_KERNELS}.scatter").scatter
+    return LaneTransfer(pool, shard, scatter, host_bytes=host_bytes, device=device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ import torch
 from llguidance import LLTokenizer
 
 from loramux.engine.adapters.lanes import LaneSpan
+from loramux.engine.adapters.packed import HostWeights
+from loramux.engine.adapters.transfer import LaneTransfer
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
@@ -74,6 +76,7 @@ class ModelRunner:
         if lane_dtype != self.dtype:
             logger.warning("--lora-dtype has no effect: lanes are computed in the model's dtype")
         self.lanes = LanePool(self._shard.own, config.lane_pool, dtype=self.dtype, device=self.device)
+        self._transfer = self._open_transfer(config.host_lora_bytes // num_ranks)
         self.tables: dict[str, AdapterTables] = {}  # of the adapters on the device that have some
         has_files = config.load_format != "dummy"
         self._base = BaseWeights(Path(config.model) if has_files else None, self.dtype)
@@ -85,19 +88,32 @@ class ModelRunner:
         self.model = self._load_model(config, attention, on_layer)
         self._steps = self._start_steps(config, attention, limits)
 
-    @torch.inference_mode()
-    def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
-        """Read an adapter's files into host memory; safe in another thread."""
-        return read_adapter(spec, self._shard, self.dtype, self._base)
+    @property
+    def max_host_lora_bytes(self) -> int | None:
+        """Bytes of adapters to keep in host memory, on all ranks; None = as configured."""
+        return None if self._transfer is None else self._transfer.max_host_bytes * self._shard.size
 
     @torch.inference_mode()
-    def fill_lanes(self, adapter: HostAdapter, span: LaneSpan) -> None:
+    def read_adapter(self, spec: AdapterSpec) -> HostWeights:
+        """Read an adapter's files into host memory; safe in another thread."""
+        packed = None if self._transfer is None else self._transfer.read(spec)
+        return packed or read_adapter(spec, self._shard, self.dtype, self._base)
+
+    @torch.inference_mode()
+    def fill_lanes(self, adapter: HostWeights, span: LaneSpan) -> None:
         """Copy an adapter into lanes that no running sequence uses; safe in another thread.
 
         Its tables appear in one step, when they are complete.
+
+        Raises:
+            AdapterIncompatible: it holds numbers that are not finite.
         """
-        self.lanes.write(adapter, span)
-        if adapter.tables:
+        if self._transfer is not None:
+            self._transfer.write(adapter, span)
+        else:
+            assert isinstance(adapter, HostAdapter)
+            self.lanes.write(adapter, span)
+        if isinstance(adapter, HostAdapter) and adapter.tables:
             self.tables[adapter.digest] = adapter.tables.to(self.device)
 
     def keep_tables(self, residents: Set[str]) -> None:
@@ -166,6 +182,16 @@ class ModelRunner:
         shared = "" if size == 1 else f" / {size} ranks"
         return MemoryBudget(limit=num_bytes // size, origin=f"--kv-cache-bytes{shared}")
 
+    def _open_transfer(self, host_bytes: int) -> LaneTransfer | None:
+        """How adapters come into lanes by Triton's kernels; None where torch copies them."""
+        if not self._uses_triton or self.lanes.num_lanes == 0:
+            return None
+        start = importlib.import_module("loramux.engine.gpu_start")
+        transfer: LaneTransfer = start.lane_transfer(
+            self.lanes, self._shard, host_bytes=host_bytes, device=self.device
+        )
+        return transfer
+
     def _start_steps(self, config: EngineConfig, attention: Attention, limits: StepLimits) -> Steps:
         """Take the memory that is left as KV cache, and be ready for the first step."""
         vocab_size, num_layers = self.model_config.vocab_size, self.model_config.num_layers
@@ -208,7 +234,8 @@ class ModelRunner:
         )
         budget = self._cpu_budget(config.kv_cache_bytes)
         if self.device.type == "cuda":
-            parts = [("adapter lanes", self.lanes.nbytes)]
+            staging = self._transfer.staging_bytes if self._transfer else 0
+            parts = [("adapter lanes", self.lanes.nbytes), ("adapter staging", staging)]
             budget = gpu_budget(self.device, config.gpu_memory_utilization, parts=parts, reserves=reserves)
         if self._peers is not None:
             left = self._peers.smallest(budget.left)  # so that all ranks plan the same

@@ -59,20 +59,32 @@ class AdapterFiles:
             content, offset = content[offset : offset + count * dtype.itemsize], 0
         return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(shape)
 
+    def read_into(self, name: str, offset: int, out: Tensor) -> None:
+        """Fill a tensor of bytes with those of a file from `offset` on. Safe in several threads.
+
+        Raises:
+            AdapterNotFound, AdapterIncompatible: as for `get`.
+        """
+        self._fill(name, offset, memoryview(out.numpy().data))
+
     def _read(self, name: str) -> bytearray:
+        content = bytearray(next(own.size for own in self._spec.files if own.name == name))
+        self._fill(name, 0, memoryview(content))
+        return content
+
+    def _fill(self, name: str, offset: int, out: memoryview) -> None:
+        done = 0
         try:
             with (self._folder / name).open("rb", buffering=0) as file:
-                content = bytearray(next(own.size for own in self._spec.files if own.name == name))
-                view, done = memoryview(content), 0
-                while done < len(content) and (step := file.readinto(view[done:])):
+                file.seek(offset)
+                while done < len(out) and (step := file.readinto(out[done:])):
                     done += step
         except FileNotFoundError:
             raise self._gone() from None
         except OSError as error:
             raise AdapterIncompatible(f"the adapter's weights cannot be read: {error}") from None
-        if done < len(content):
+        if done < len(out):
             raise AdapterIncompatible(f"{name} of the adapter is shorter than its inspection saw")
-        return content
 
     def _gone(self) -> AdapterNotFound:
         return AdapterNotFound(f"No adapter found for {self._spec.path}: its files are gone")

@@ -19,7 +19,7 @@ from enum import Enum
 
 import torch
 
-from loramux.engine.adapters.weights import HostAdapter
+from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.background import step_back
 from loramux.engine.errors import LoramuxError
 
@@ -37,11 +37,11 @@ class Finished:
 
     kind: JobKind
     digest: str
-    result: HostAdapter | LoramuxError
+    result: HostWeights | LoramuxError
     seconds: float = 0.0  # that the job took
 
 
-Job = Callable[[], HostAdapter]
+Job = Callable[[], HostWeights]
 
 
 class AdapterLoader:
@@ -93,7 +93,7 @@ class AdapterLoader:
             kind, digest, run = job
             began_s = time.monotonic()
             try:
-                result: HostAdapter | LoramuxError = run()
+                result: HostWeights | LoramuxError = run()
             except LoramuxError as error:
                 result = error
             except Exception as error:  # noqa: BLE001 - a thread's top: one bad file must not end it

@@ -13,8 +13,8 @@ from functools import partial
 
 from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.loader import AdapterLoader, Finished, JobKind
+from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.adapters.store import AdapterStore
-from loramux.engine.adapters.weights import HostAdapter
 from loramux.engine.errors import LoramuxError
 from loramux.engine.tally import Tally
 from loramux.engine.types import MOVE_S_BOUNDS, AdapterSpec, FreedMemory
@@ -26,7 +26,7 @@ OnGone = Callable[[FreedMemory], None]
 @dataclass(slots=True)
 class _Known:
     spec: AdapterSpec
-    host: HostAdapter | None = None
+    host: HostWeights | None = None
     on_loaded: list[OnLoaded] = field(default_factory=list)
     on_gone: list[OnGone] = field(default_factory=list)
     was_loaded: bool = False
@@ -39,8 +39,8 @@ class AdapterResidency:
         self,
         store: AdapterStore,
         *,
-        read: Callable[[AdapterSpec], HostAdapter],
-        fill: Callable[[HostAdapter, LaneSpan], None],
+        read: Callable[[AdapterSpec], HostWeights],
+        fill: Callable[[HostWeights, LaneSpan], None],
         forget_host: Callable[[str], None],
         keep_tables: Callable[[Set[str]], None],
         forget_kv: Callable[[str], int],
@@ -113,7 +113,7 @@ class AdapterResidency:
         """Sleep until the loader has finished something."""
         self.loader.wait(timeout_s)
 
-    def _copy(self, host: HostAdapter, span: LaneSpan) -> HostAdapter:
+    def _copy(self, host: HostWeights, span: LaneSpan) -> HostWeights:
         self._fill(host, span)
         return host
 

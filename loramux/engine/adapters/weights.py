@@ -73,6 +73,7 @@ class LanePool:
     ) -> None:
         self._config = config
         self.num_lanes = num_lanes
+        self.dtype = dtype
         widths = [part.out_features for site in config.sites for part in site.parts]
         is_compiled = takes(
             torch.empty(0, dtype=dtype, device=device), *widths, *(site.in_features for site in config.sites)
@@ -96,6 +97,11 @@ class LanePool:
     def nbytes(self) -> int:
         """Bytes held on the device."""
         return sum(s.a.nbytes + sum(b.nbytes for b in s.b) for s in self._sites.values())
+
+    @property
+    def any_lanes(self) -> Tensor:
+        """Some lanes; of the same dtype as all of them."""
+        return next(iter(self._sites.values())).a
 
     def site(self, layer: int, name: str) -> SiteLanes | None:
         """The lanes of one site; None on a server without LoRA."""

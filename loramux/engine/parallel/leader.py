@@ -16,7 +16,7 @@ import torch
 from llguidance import LLTokenizer
 
 from loramux.engine.adapters.lanes import LaneSpan
-from loramux.engine.adapters.weights import HostAdapter
+from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import EngineDead, InvalidConfig, LoramuxError
 from loramux.engine.model_runner import ModelRunner, find_device
@@ -78,7 +78,7 @@ class LeadingRunner(ModelRunner):
         """Process ids of ranks 1 and up."""
         return self._crew.pids
 
-    def read_adapter(self, spec: AdapterSpec) -> HostAdapter:
+    def read_adapter(self, spec: AdapterSpec) -> HostWeights:
         """As every rank's part of it; one that fails on any rank is held by none.
 
         Raises:
@@ -91,7 +91,7 @@ class LeadingRunner(ModelRunner):
             raise
         return replace(own, other_ranks_bytes=sum(a.nbytes for a in answers if isinstance(a, Done)))
 
-    def fill_lanes(self, adapter: HostAdapter, span: LaneSpan) -> None:
+    def fill_lanes(self, adapter: HostWeights, span: LaneSpan) -> None:
         """On every rank; returns when all are done."""
         command = commands.FillLanes(adapter.digest, span.first, span.count, span.rank)
         self._together(command, partial(super().fill_lanes, adapter, span))

@@ -22,7 +22,7 @@ import torch
 
 from loramux.engine import log_format
 from loramux.engine.adapters.lanes import LaneSpan
-from loramux.engine.adapters.weights import HostAdapter
+from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.background import step_back
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import LoramuxError
@@ -44,7 +44,7 @@ class Worker:
     def __init__(self, runner: ModelRunner, pipe: Connection) -> None:
         self._runner = runner
         self._pipe = pipe
-        self._adapters: dict[str, HostAdapter] = {}
+        self._adapters: dict[str, HostWeights] = {}
         self._chores: queue.SimpleQueue[Command] = queue.SimpleQueue()
         threading.Thread(target=self._do_chores, name="adapters", daemon=True).start()
 

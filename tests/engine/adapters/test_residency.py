@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Set
 import pytest
 
 from loramux.engine.adapters.lanes import LaneSpan, LaneTable
+from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.adapters.residency import AdapterResidency
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.adapters.weights import HostAdapter
@@ -33,7 +34,7 @@ class Device:
             fail_waiting=lambda digest, error: self.failed.append((digest, error)),
         )
 
-    def _fill(self, adapter: HostAdapter, span: LaneSpan) -> None:
+    def _fill(self, adapter: HostWeights, span: LaneSpan) -> None:
         if adapter.digest in self.full:
             raise MemoryError("the device is full")
 
