@@ -22,6 +22,14 @@ PROFILED_STEPS: Final = 16
 RECORD_STEPS: Final = 24  # of the determinism check
 
 
+SAMPLING: Final[dict[str, dict[str, Any]]] = {
+    "greedy": {"temperature": 0.0},
+    "drawn": {"temperature": 0.8},
+    "top_p": {"temperature": 0.8, "top_p": 0.95},
+    "Qwen's defaults": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """What decodes."""
@@ -31,12 +39,14 @@ class Cell:
     rank: int = 0
     context: int = 1024
     profiled: bool = False
+    sampling: str = "greedy"  # of SAMPLING
 
     @property
     def name(self) -> str:
         """Says everything."""
         lora = f"{self.adapters} x r{self.rank}" if self.adapters else "base"
-        return f"decode B={self.rows} {lora} ctx={self.context}"
+        end = "" if self.sampling == "greedy" else f", {self.sampling}"
+        return f"decode B={self.rows} {lora} ctx={self.context}{end}"
 
 
 class CellRunner:
@@ -143,7 +153,7 @@ class CellRunner:
     def _decoding(self, cell: Cell, adapters: list[str], outputs: int) -> list[Request]:
         """Requests whose prompts are taken for computed, but for their ends."""
         owners = [adapters[i % len(adapters)] if adapters else None for i in range(cell.rows)]
-        requests = [self._request(cell.context, outputs + 2, owner) for owner in owners]
+        requests = [self._request(cell.context, outputs + 2, owner, cell.sampling) for owner in owners]
         for request in requests:
             self._pretend_computed(request)
             self.engine.add_request(request)
@@ -207,10 +217,10 @@ class CellRunner:
     def _submit(self, tokens: int, outputs: int, adapter: str | None) -> None:
         self.engine.add_request(self._request(tokens, outputs, adapter))
 
-    def _request(self, tokens: int, outputs: int, adapter: str | None) -> Request:
+    def _request(self, tokens: int, outputs: int, adapter: str | None, sampled: str = "greedy") -> Request:
         self._number += 1
         ids = [self._rng.randrange(3, self.shape.vocab) for _ in range(tokens)]
-        sampling = TokenSampling(max_tokens=outputs, temperature=0.0)
+        sampling = TokenSampling(max_tokens=outputs, **SAMPLING[sampled])
         return Request(
             request_id=f"r{self._number}", prompt_token_ids=ids, sampling=sampling, adapter=adapter
         )
@@ -253,6 +263,7 @@ def grid(shape_name: str) -> list[Cell]:
             Cell(4, context=32, profiled=True),
             Cell(4, 1, 8, 32),
             Cell(4, 4, 16, 32),
+            *(Cell(4, context=32, sampling=kind) for kind in SAMPLING if kind != "greedy"),
             Cell(64, 64, 64, 32),
         ]
     goals = [Cell(rows, profiled=rows == 64) for rows in (1, 8, 32, 64, 128)]
@@ -262,6 +273,9 @@ def grid(shape_name: str) -> list[Cell]:
         Cell(32, 32, 16),
         Cell(32, 8, 64),
         Cell(64, 8, 16, profiled=True),
+    ]
+    goals += [
+        Cell(rows, sampling=kind, profiled=rows == 64) for rows in (1, 64) for kind in list(SAMPLING)[1:]
     ]
     rest = [
         Cell(rows, count, rank, context)
@@ -276,4 +290,5 @@ def grid(shape_name: str) -> list[Cell]:
 
 
 def _plain(cell: Cell) -> tuple[int, int, int, int]:
+    """A cell whatever its profile and its sampling."""
     return cell.rows, cell.adapters, cell.rank, cell.context

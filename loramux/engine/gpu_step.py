@@ -140,6 +140,7 @@ class GpuSteps:
         """
         self._caches = caches
         self._inputs.pad()
+        self._sampler.warm_up(self._logits[:1])
         self._graphs.record(self._compute, on_graph)
 
     @torch.inference_mode()

@@ -200,6 +200,17 @@ class DeviceSampler:
         self._draw(logits, inputs, self.tables, out)
         return out
 
+    def warm_up(self, logits: Tensor) -> None:
+        """Compile whatever a step may ask for, so that no request waits for it.
+
+        Args:
+            logits: [1, vocab_size], as those of steps
+        """
+        ints = torch.zeros((1, kernel.INT_COLUMNS), dtype=torch.int32, device=self._device)
+        floats = torch.zeros((1, kernel.FLOAT_COLUMNS), dtype=torch.float32, device=self._device)
+        for mode in (kernel.GREEDY, kernel.DRAW, kernel.FULL):
+            self.sample(logits, SamplerInput(ints, floats, mode))
+
     def _slots(self, rows: Sequence[DeviceRow]) -> list[int]:
         """The slot of each row; those of new requests are filled."""
         slots = []

@@ -153,6 +153,19 @@ def test_steps_say_what_they_need() -> None:
     assert modes == [GREEDY, DRAW, FULL, FULL]
 
 
+def test_warming_up_changes_nothing() -> None:
+    stepper = Stepper()
+    logits = random_logits(1)
+    one = row("a", [1, 2], temperature=0.0, presence_penalty=1.0)
+    first = stepper(logits, [one])
+    counts = stepper.sampler.tables.counts.clone()
+
+    stepper.sampler.warm_up(logits)
+
+    assert torch.equal(stepper.sampler.tables.counts, counts)
+    assert first == [int(logits.argmax())]
+
+
 def test_seeds_do_not_depend_on_the_batch() -> None:
     logits = random_logits(1).expand(4, -1)
     mine = row("mine", [1, 2, 3], seed=2**63 + 7, temperature=1.1, top_p=0.9)
