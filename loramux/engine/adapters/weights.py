@@ -178,7 +178,9 @@ class _Reader:
             check_copies(spec.tables, self._files, self._sites, config, self._checkpoint)
             site_gains = gains_by_site(gains, shard, self._checkpoint, self._dtype)
         changes = table_changes(spec.tables, self._files, self._sites, tables, self._dtype)
-        head = changes.get(HEAD_MODULE) if shard.rank == 0 else None  # which has the logits
+        head = changes.get(HEAD_MODULE)
+        if head is not None and shard.rank > 0:  # the first rank has the logits; all plan steps alike
+            head = TableChange()
         own = AdapterTables(site_gains, changes.get(config.embedding_module), head)
         return HostAdapter(spec.digest, spec.rank, modules, own)
 

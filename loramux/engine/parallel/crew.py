@@ -55,7 +55,7 @@ class Crew:
         self._sending = threading.Lock()  # steps come from one thread, adapters from another
         self._closed = threading.Event()
         self._is_complete = False  # all ranks have loaded their parts
-        self._lost: str | None = None
+        self.lost: str | None = None  # which rank ended, once one did
         self._lost_one = threading.Event()
         self._pipes: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -179,7 +179,7 @@ class Crew:
             return
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         why = f"rank {rank} of the tensor-parallel engine (process {process.pid}) ended: {how}"
-        self._lost = self._lost or why
+        self.lost = self.lost or why
         self._lost_one.set()
         logger.error("%s; the engine ends with it", why)
         if self._is_complete or not self._closed.wait(_START_FAILS_S):
@@ -188,7 +188,7 @@ class Crew:
     def _why(self) -> str | None:
         """Which rank ended, if one did."""
         self._lost_one.wait(_NOTICE_S)
-        return self._lost
+        return self.lost
 
 
 def _visible_gpu(rank: int, device: torch.device) -> dict[str, str]:

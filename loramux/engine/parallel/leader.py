@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,12 +27,32 @@ from loramux.engine.parallel.crew import Crew
 from loramux.engine.parallel.mirror import encode_step
 from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import FLAG, shard_model
-from loramux.engine.step import RunningStep, ScheduledBatch
+from loramux.engine.step import RunningStep, ScheduledBatch, StepResult
 from loramux.engine.types import AdapterSpec
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedStep:
+    """A step of which the other ranks compute their parts."""
+
+    own: RunningStep
+    crew: Crew
+
+    def result(self) -> StepResult:
+        """See `RunningStep`.
+
+        Raises:
+            EngineDead: another rank is gone; what was computed without it means nothing.
+        """
+        with self.crew.blamed():
+            found = self.own.result()
+        if self.crew.lost is not None:
+            raise EngineDead(self.crew.lost)
+        return found
 
 
 class LeadingRunner(ModelRunner):
@@ -64,10 +84,13 @@ class LeadingRunner(ModelRunner):
             raise InvalidConfig(
                 f"{FLAG} {num_ranks}: this machine has {torch.cuda.device_count()} CUDA devices", param=FLAG
             )
-        self._crew = Crew(config, device, on_lost)
+        self._is_gpu = device.type == "cuda"
+        self._ranks: Peers | None = None
+        self._crew = Crew(config, device, partial(self._abandon, on_lost))
         try:
             self._crew.answers()  # all are there
-            self._load(config, on_layer, Peers(0, num_ranks, self._crew.store, device))
+            self._ranks = Peers(0, num_ranks, self._crew.store, device)
+            self._load(config, on_layer, self._ranks)
             self._crew.wait_complete()
         except BaseException:
             self._crew.close()
@@ -114,17 +137,24 @@ class LeadingRunner(ModelRunner):
         """
         with self._crew.blamed():
             self._crew.tell(encode_step(batch, self.tables))
-            return super().launch(batch, tokenizer)
+            return _SharedStep(super().launch(batch, tokenizer), self._crew)
 
     def close(self) -> None:
         """End the other ranks."""
         self._crew.close()
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _abandon(self, on_lost: Callable[[str], None], why: str) -> None:
+        """In a thread: let a GPU that waits for a lost rank go on, so that its step ends in an error."""
+        if self._ranks is not None and self._is_gpu:
+            self._ranks.abort()
+        on_lost(why)
 
     def _load(self, config: EngineConfig, on_layer: Callable[[int, int], None] | None, peers: Peers) -> None:
         try:
             with self._crew.blamed():
                 super().__init__(config, on_layer, peers)
-                self.runs_ahead = False  # the others hear of a token with the step that reads it
         except EngineDead:
             self._crew.check(self._crew.last_words())  # it may have said why
             raise

@@ -42,7 +42,7 @@ class Peers:
         """The sum of all ranks' x, in place; x is contiguous and as large on every rank."""
         options = _c10d().AllreduceOptions()
         options.asyncOp = False
-        self._group.allreduce([x], options).wait()
+        _wait(self._group.allreduce([x], options))
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Peers:
         out = x.new_empty(self.size * num_rows, width)
         options = _c10d().AllgatherOptions()
         options.asyncOp = False
-        self._group._allgather_base(out, x.contiguous(), options).wait()
+        _wait(self._group._allgather_base(out, x.contiguous(), options))
         return out.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, self.size * width)
 
     def smallest(self, value: int) -> int:
@@ -59,12 +59,22 @@ class Peers:
         own = torch.tensor([value], dtype=torch.int64, device=self._device)
         options = _c10d().AllreduceOptions()
         options.reduceOp = _c10d().ReduceOp.MIN
-        self._group.allreduce([own], options).wait()
+        _wait(self._group.allreduce([own], options))
         return int(own.item())
+
+    def close(self) -> None:
+        """Leave the group; its threads end."""
+        self._group = None
 
     def abort(self) -> None:
         """Let a call that waits for another rank fail; from another thread."""
         self._group.abort()
+
+
+def _wait(work: Any) -> None:
+    """Let the current stream wait, on a CPU the caller; a backend that has done so returns nothing."""
+    if work is not None:
+        work.wait()
 
 
 def _connect(rank: int, size: int, store: Path, device: torch.device) -> Any:
