@@ -1,0 +1,203 @@
+"""The inner loop of the bfloat16 products: a tile of rows times strips, its sums in registers.
+
+A strip is sixteen output columns, one vector; `product.py` says how weights lie in memory. The tile's size
+is known when the code is made, so one call emits the code of every size that it may meet, and branches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE
+from loramux.engine.kernels.cpu.vector_ir import LANES, Builder, Value, Vectors
+
+STEP: Final = 2  # pairs that one turn of the inner loop takes; `pairs` is a multiple of it
+FROM_SUMS: Final = 1  # the tile goes on from `sums`
+INTO_SUMS: Final = 2  # the tile leaves its result in `sums`, unrounded and without the bias
+
+_I16: Final = ir.IntType(16)
+_I32: Final = ir.IntType(32)
+_I64: Final = ir.IntType(64)
+_BYTE: Final = ir.IntType(8).as_pointer()
+_SUMS: Final = ir.VectorType(ir.FloatType(), LANES)
+_PAIRS: Final = ir.VectorType(_I32, LANES)  # each two bfloat16
+_HALVES: Final = ir.VectorType(_I16, LANES)
+
+
+@intrinsic
+def multiply_tile(
+    typing: Any,
+    least: Any,
+    most: Any,
+    strips: Any,
+    fetch: Any,
+    num_rows: Any,
+    x: Any,
+    x_stride: Any,
+    weight: Any,
+    weight_stride: Any,
+    pairs: Any,
+    ahead: Any,
+    sums: Any,
+    stage: Any,
+    bias: Any,
+    bias_stride: Any,
+    out: Any,
+    out_stride: Any,
+    columns: Any,
+) -> tuple[Any, Any]:
+    """out[r, c] = round(sum over k of x[r, k] * weight[k, c] + bias[c]), r < num_rows, c < columns.
+
+    Sums are float32, in the order of k whatever the tile's size. Addresses and strides are bytes.
+
+    Args:
+        least, most: bounds of num_rows, as `units`
+        strips: of the tile, as `units`
+        fetch: cache lines to ask for with every STEP pairs, as `units`
+        num_rows: rows of the tile
+        x, x_stride: the first row's first pair; from one row to the next
+        weight, weight_stride: the first strip's first pair; from one strip to the next
+        pairs: how many pairs of k
+        ahead: address of what is asked for meanwhile
+        sums: address of [most, strips * 16] float32, used as `stage` says
+        stage: FROM_SUMS and INTO_SUMS, or neither
+        bias, bias_stride: the first strip's sixteen float32; from one strip to the next
+        out, out_stride: the first row's first column; from one row to the next
+        columns: how many may be written, from the first strip's first one on
+    """
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        rows, *rest = args[4:]
+        end = builder.append_basic_block("tiled")
+        switch = builder.switch(rows, end)
+        for count in range(least.count, most.count + 1):
+            block = builder.append_basic_block(f"rows_{count}")
+            switch.add_case(ir.Constant(_I64, count), block)
+            builder.position_at_end(block)
+            _Tile(builder, count, strips.count, fetch.count, *rest).emit()
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(least, most, strips, fetch, *[types.int64] * 14), codegen
+
+
+class _Tile:
+    """Code of one tile size; the arguments are those of `multiply_tile`."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        rows: int,
+        strips: int,
+        fetch: int,
+        x: Value,
+        x_stride: Value,
+        weight: Value,
+        weight_stride: Value,
+        pairs: Value,
+        ahead: Value,
+        sums: Value,
+        stage: Value,
+        bias: Value,
+        bias_stride: Value,
+        out: Value,
+        out_stride: Value,
+        columns: Value,
+    ) -> None:
+        self.b, self.v = builder, Vectors(builder)
+        self.cells = [(row, strip) for row in range(rows) for strip in range(strips)]
+        self.x = [self._at(x, x_stride, row) for row in range(rows)]
+        self.weight = [self._at(weight, weight_stride, strip) for strip in range(strips)]
+        self.bias = [self._at(bias, bias_stride, strip) for strip in range(strips)]
+        self.out = [self._at(out, out_stride, row) for row in range(rows)]
+        self.fetch, self.ahead = fetch, ahead
+        self.pairs, self.sums, self.stage, self.columns = pairs, sums, stage, columns
+
+    def emit(self) -> None:
+        """The whole tile: begin, multiply, end."""
+        first = self._begin()
+        before = self.b.block
+        loop = self.b.append_basic_block("pairs")
+        after = self.b.append_basic_block("multiplied")
+        self.b.branch(loop)
+        self.b.position_at_end(loop)
+        pair = self.b.phi(_I64)
+        totals = [self.b.phi(_SUMS) for _ in self.cells]
+        following = self.b.add(pair, self.v.i64(STEP))
+        found = self._step(pair, list(totals))
+        for phi, start, again in zip(
+            (pair, *totals), (self.v.i64(0), *first), (following, *found), strict=True
+        ):
+            phi.add_incoming(start, before)
+            phi.add_incoming(again, loop)
+        self.b.cbranch(self.b.icmp_signed("<", following, self.pairs), loop, after)
+        self.b.position_at_end(after)
+        with self.b.if_else(self._has(INTO_SUMS)) as (then, otherwise):
+            with then:
+                for i, total in enumerate(found):
+                    self.v.store(self.sums, self.v.i64(i * LANES), total, types.float32)
+            with otherwise:
+                self._end(found)
+
+    def _begin(self) -> list[Value]:
+        """What each cell starts with: zero, or what an earlier tile left."""
+        slots = [self.v.accumulator() for _ in self.cells]
+        with self.b.if_then(self._has(FROM_SUMS)):
+            for i, slot in enumerate(slots):
+                self.b.store(self.v.load(self.sums, self.v.i64(i * LANES), types.float32), slot)
+        return [self.b.load(slot) for slot in slots]
+
+    def _step(self, pair: Value, totals: list[Value]) -> list[Value]:
+        """STEP pairs: each strip's vector is loaded once, each row's pair once into every lane."""
+        for offset in range(STEP):
+            index = self.b.add(pair, self.v.i64(offset))
+            vectors = [self._load(start, index, _PAIRS, CACHE_LINE) for start in self.weight]
+            values = [self._splat(self._load(start, index, _I32, 4)) for start in self.x]
+            for i, (row, strip) in enumerate(self.cells):
+                totals[i] = self._multiply(totals[i], values[row], vectors[strip])
+        begin = self.b.sdiv(self.b.mul(pair, self.v.i64(self.fetch * CACHE_LINE)), self.v.i64(STEP))
+        for line in range(self.fetch):
+            self.v.prefetch(self.b.add(self.ahead, begin), line * CACHE_LINE)
+        return totals
+
+    def _end(self, totals: list[Value]) -> None:
+        """Add the bias, round, and write the columns that exist."""
+        biases = [self.v.load(start, self.v.i64(0), types.float32) for start in self.bias]
+        lanes = [ir.Constant(_PAIRS, [i * LANES + j for j in range(LANES)]) for i in range(len(self.bias))]
+        limit = self._splat(self.b.trunc(self.columns, _I32))
+        exists = [self.b.icmp_signed("<", lane, limit) for lane in lanes]
+        kind = ir.FunctionType(ir.VoidType(), [_HALVES, _HALVES.as_pointer(), _I32, exists[0].type])
+        write = cgutils.get_or_insert_function(self.b.module, kind, "llvm.masked.store.v16i16.p0")
+        for (row, strip), total in zip(self.cells, totals, strict=True):
+            rounded = self.v.narrow(self.b.fadd(total, biases[strip]))
+            target = self.b.inttoptr(
+                self.b.add(self.out[row], self.v.i64(strip * LANES * 2)), _HALVES.as_pointer()
+            )
+            self.b.call(write, [rounded, target, ir.Constant(_I32, 2), exists[strip]])
+
+    def _multiply(self, total: Value, left: Value, right: Value) -> Value:
+        """total + left · right: in each lane a product of two pairs."""
+        kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [total, left, right])
+
+    def _load(self, start: Value, index: Value, kind: Any, size: int) -> Value:
+        address = self.b.gep(self.b.inttoptr(start, _BYTE), [self.b.mul(index, self.v.i64(size))])
+        return self.b.load(self.b.bitcast(address, kind.as_pointer()), align=size)
+
+    def _splat(self, value: Value) -> Value:
+        undefined = ir.Constant(_PAIRS, ir.Undefined)
+        first = self.b.insert_element(undefined, value, ir.Constant(_I32, 0))
+        return self.b.shuffle_vector(first, undefined, ir.Constant(_PAIRS, [0] * LANES))
+
+    def _at(self, start: Value, stride: Value, index: int) -> Value:
+        return self.b.add(start, self.b.mul(stride, self.v.i64(index)))
+
+    def _has(self, stage: int) -> Value:
+        return self.b.icmp_signed("!=", self.b.and_(self.stage, self.v.i64(stage)), self.v.i64(0))
