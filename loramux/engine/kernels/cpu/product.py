@@ -20,12 +20,12 @@ from typing import Final
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import njit, prange
 from numba.core.codegen import get_host_cpu_features
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.dtypes import Storage, storage
 from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE, Address, units
 from loramux.engine.kernels.cpu.product_ir import FROM_SUMS, INTO_SUMS, STEP, multiply_tile
 from loramux.engine.kernels.cpu.vector_ir import LANES
@@ -39,6 +39,8 @@ _AHEAD: Final = 8192  # bytes that a stream is asked for before it is read
 _NEAR: Final = 1024  # the same where it lies in the cache
 _ALONE_BYTES: Final = 1 << 17  # a smaller weight is not worth a second thread
 _SUMS_BYTES: Final = PANEL_ROWS * 2 * LANES * 4  # that a thread keeps between chunks
+
+Pairs = npt.NDArray[np.int32]
 
 _ONE, _TWO = units(1), units(2)
 _LEAST, _BLOCK, _FEW = units(_LEAST_BLOCK), units(BLOCK_ROWS), units(FEW_ROWS)
@@ -109,12 +111,12 @@ def _pack(weight: Tensor, threads: int) -> Tensor:
     packed = torch.empty((strips, width // 2, 2 * LANES), dtype=weight.dtype)
     if columns % LANES:
         packed[-1] = 0
-    _interleave(storage(weight.contiguous()).view(np.uint32), storage(packed).view(np.uint32), threads)
+    _interleave(weight.contiguous().view(torch.int32).numpy(), packed.view(torch.int32).numpy(), threads)
     return packed
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def _interleave(rows: Storage, packed: Storage, threads: int) -> None:
+def _interleave(rows: Pairs, packed: Pairs, threads: int) -> None:
     """[columns, pairs] → [strips, pairs, 16]."""
     columns, pairs = rows.shape
     strips = packed.shape[0]

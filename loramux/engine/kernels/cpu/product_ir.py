@@ -160,7 +160,7 @@ class _Tile:
             vectors = [self._load(start, index, _PAIRS, CACHE_LINE) for start in self.weight]
             values = [self._splat(self._load(start, index, _I32, 4)) for start in self.x]
             for i, (row, strip) in enumerate(self.cells):
-                totals[i] = self._multiply(totals[i], values[row], vectors[strip])
+                totals[i] = self.v.dot(totals[i], values[row], vectors[strip], types.uint16)
         begin = self.b.sdiv(self.b.mul(pair, self.v.i64(self.fetch * CACHE_LINE)), self.v.i64(STEP))
         for line in range(self.fetch):
             self.v.prefetch(self.b.add(self.ahead, begin), line * CACHE_LINE)
@@ -181,13 +181,8 @@ class _Tile:
             )
             self.b.call(write, [rounded, target, ir.Constant(_I32, 2), exists[strip]])
 
-    def _multiply(self, total: Value, left: Value, right: Value) -> Value:
-        """total + left · right: in each lane a product of two pairs."""
-        kind = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), [total, left, right])
-
     def _load(self, start: Value, index: Value, kind: Any, size: int) -> Value:
+        """Through an index: sixteen addresses that each move on do not fit the registers."""
         address = self.b.gep(self.b.inttoptr(start, _BYTE), [self.b.mul(index, self.v.i64(size))])
         return self.b.load(self.b.bitcast(address, kind.as_pointer()), align=size)
 
