@@ -8,6 +8,7 @@ number of e4m3. Weights are quantised once, when they are loaded; activations in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Final
 
 import torch
@@ -19,38 +20,7 @@ FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = torch.finfo(FP8).max  # 448
 MIN_SCALE: Final = 1e-12  # of a row of zeros
 MIN_CAPABILITY: Final = (8, 9)  # of an NVIDIA GPU with e4m3 arithmetic
-
-
-class Fp8Linear:
-    """y = x · Wᵀ + b with an fp8 weight; bfloat16 in and out."""
-
-    __slots__ = ("_bias", "_weight", "_weight_scale")
-
-    can_hold_lanes: ClassVar[bool] = False  # an adapter's bfloat16 rows have no place behind an fp8 weight
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Args:
-        weight: [out_features, in_features] bfloat16, both multiples of 16
-        bias: [out_features] bfloat16
-        """
-        quantized, scale = quantize_rows(weight)
-        self._weight = quantized.t()  # the product wants it column by column, as it lies
-        self._weight_scale = scale.t()
-        self._bias = bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, in_features] → [num_tokens, out_features]."""
-        quantized, scale = quantize_rows(x)
-        y: Tensor = torch._scaled_mm(
-            quantized,
-            self._weight,
-            scale_a=scale,
-            scale_b=self._weight_scale,
-            bias=self._bias,
-            out_dtype=x.dtype,
-            use_fast_accum=True,
-        )
-        return y
+QuantizeRows = Callable[[Tensor], tuple[Tensor, Tensor]]  # see `quantize_rows`
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +34,42 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = x.abs().amax(dim=1, keepdim=True).float().div_(FP8_MAX).clamp_(min=MIN_SCALE)
     return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+class Fp8Linear:
+    """y = x · Wᵀ + b with an fp8 weight; bfloat16 in and out."""
+
+    __slots__ = ("_bias", "_quantize", "_weight", "_weight_scale")
+
+    can_hold_lanes: ClassVar[bool] = False  # an adapter's bfloat16 rows have no place behind an fp8 weight
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, quantize: QuantizeRows = quantize_rows
+    ) -> None:
+        """Args:
+        weight: [out_features, in_features] bfloat16, both multiples of 16
+        bias: [out_features] bfloat16
+        quantize: how activations are quantised on this device
+        """
+        self._quantize = quantize
+        quantized, scale = quantize_rows(weight)
+        self._weight = quantized.t()  # the product wants it column by column, as it lies
+        self._weight_scale = scale.t()
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, in_features] → [num_tokens, out_features]."""
+        quantized, scale = self._quantize(x)
+        y: Tensor = torch._scaled_mm(
+            quantized,
+            self._weight,
+            scale_a=scale,
+            scale_b=self._weight_scale,
+            bias=self._bias,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
+        return y
 
 
 def check_fp8(dtype: torch.dtype, device: torch.device) -> None:

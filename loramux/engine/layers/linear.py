@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from loramux.engine.kernels.cpu.product import PackedLinear, supports
 from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
-from loramux.engine.layers.fp8_linear import Fp8Linear, check_fp8
+from loramux.engine.layers.fp8_linear import Fp8Linear, QuantizeRows, check_fp8, quantize_rows
 from loramux.engine.parallel.peers import Peers
 
 
@@ -87,9 +87,24 @@ class LoraLinear:
         return out if self.peers is None else self.peers.add(out)
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, quantization: str | None) -> BaseLinear:
-    """A linear layer, its weight in the form that `--quantization` asks for; arguments as for `Linear`."""
-    return Fp8Linear(weight, bias) if quantization == "fp8" else Linear(weight, bias)
+def make_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    quantization: str | None,
+    quantize: QuantizeRows = quantize_rows,
+) -> BaseLinear:
+    """A linear layer, its weight in the form that `--quantization` asks for.
+
+    Args:
+        weight, bias: as for `Linear`
+        quantize: how activations are quantised on this device, if they are
+    """
+    return Fp8Linear(weight, bias, quantize) if quantization == "fp8" else Linear(weight, bias)
+
+
+def can_hold_lanes(quantization: str | None) -> bool:
+    """Whether the A rows of adapters may lie behind weights of this form."""
+    return (Fp8Linear if quantization == "fp8" else Linear).can_hold_lanes
 
 
 def check_quantization(quantization: str | None, dtype: torch.dtype, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.layers.activation import Activation
+from loramux.engine.layers.fp8_linear import quantize_rows
 from loramux.engine.layers.linear import BaseLinear, LoraLinear
 from loramux.engine.layers.norm import Norm
 from loramux.engine.parallel.peers import Peers
@@ -68,6 +69,10 @@ class Parts(Protocol):
         """Between `mlp_in` and `mlp_out`."""
         ...
 
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of an fp8 product, see `layers/fp8_linear.py`."""
+        ...
+
     def whole(self, output: SiteOutput) -> Tensor:
         """A site's output, [num_tokens, out_features], with nothing left to add."""
         ...
@@ -87,6 +92,10 @@ class TorchParts:
     def activation(self, name: str, *, is_gated: bool) -> Gate:
         """See `Parts.activation`."""
         return Activation(name, is_gated=is_gated)
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parts.quantize_rows`."""
+        return quantize_rows(x)
 
     def whole(self, output: SiteOutput) -> Tensor:
         """The output itself."""

@@ -248,7 +248,7 @@ class _WeightLoader:
         place = None if lanes is None or lanes.weight is None else lanes.weight[: site.out_features]
         weight = self._fused([f"{name}.weight" for name in names], site, (site.in_features,), place)
         bias = self._fused([f"{name}.bias" for name in names], site, ()) if site.bias else None
-        linear = make_linear(weight, bias, self._quantization)
+        linear = make_linear(weight, bias, self._quantization, self._parts.quantize_rows)
         return self._parts.site(site.name, linear, lanes, self._peers if site.name in SUMMED_SITES else None)
 
     def _fused(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loramux.engine.kernels.gpu.activation import activate
+from loramux.engine.kernels.gpu.fp8 import quantize_rows
 from loramux.engine.kernels.gpu.lora import expanded, shrink
 from loramux.engine.kernels.gpu.lora_input import GpuLoraInput
 from loramux.engine.kernels.gpu.norm import rms_norm
@@ -42,6 +43,10 @@ class GpuParts:
     def activation(self, name: str, *, is_gated: bool) -> Gate:
         """See `Parts.activation`."""
         return GpuActivation(name, is_gated=is_gated)
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parts.quantize_rows`."""
+        return quantize_rows(x)
 
     def whole(self, output: SiteOutput) -> Tensor:
         """See `Parts.whole`."""
