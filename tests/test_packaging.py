@@ -18,7 +18,10 @@ from loramux.version import __version__
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTION = {"zmq": "pyzmq", "prometheus_client": "prometheus-client"}  # where they differ from imports
-OPTIONAL = {"loramux/server/observe/otlp.py": "opentelemetry"}  # needs an extra: only this file may import it
+OPTIONAL = {  # what needs an extra, and the only file that may import it
+    "loramux/server/observe/otlp.py": "opentelemetry",
+    "loramux/engine/kernels/attention_flashinfer.py": "flashinfer",
+}
 GPU_KERNELS = Path("loramux/engine/kernels/gpu")
 INDIRECT = {"pyyaml"}  # msgspec.yaml needs it
 

@@ -13,6 +13,16 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 QUANTIZATIONS = (None, "fp8")
 KERNELS = ("auto", "torch", "triton")
+ATTENTION_BACKENDS = {  # in any case, vLLM's names too: what each means here
+    "auto": "auto",
+    "triton": "triton",
+    "triton_attn": "triton",
+    "torch": "torch",
+    "torch_sdpa": "torch",
+    "varlen": "varlen",
+    "flashinfer": "flashinfer",
+}
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 LANE_GROUP = 8  # ranks handed out together; an adapter takes ceil(rank / 8) groups
 
 
@@ -26,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1  # ranks: processes with a part of the model each, on a device of its own
     quantization: str | None = None  # of the base weights: fp8 = per output channel, with fp8 activations
     kernels: str = "auto"  # auto | torch | triton
+    attention_backend: str = "auto"  # a key of ATTENTION_BACKENDS, in any case
+    kv_cache_dtype: str = "auto"  # auto = the model's; fp8 = fp8_e4m3, with a scale of 1
     max_model_len: int | None = None  # tokens; None = the model's own limit
     max_num_seqs: int = 128  # sequences that run at the same time
     max_num_batched_tokens: int = 2048  # tokens computed in one step
@@ -77,6 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("lora_dtype", "--lora-dtype", DTYPES),
             ("load_format", "--load-format", LOAD_FORMATS),
             ("quantization", "--quantization", QUANTIZATIONS),
+            ("kv_cache_dtype", "--kv-cache-dtype", KV_CACHE_DTYPES),
         )
         for field, flag, allowed in choices:
             value = getattr(self, field)
@@ -86,6 +99,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.kernels not in KERNELS:
             message = f"--kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}"
             raise InvalidConfig(message, param="--kernels")
+        if self.attention_backend.lower() not in ATTENTION_BACKENDS:
+            names = ", ".join(sorted(set(ATTENTION_BACKENDS.values())))
+            message = f"--attention-backend must be one of {names}, got {self.attention_backend!r}"
+            if "flash_attn" in self.attention_backend.lower():
+                message += "; varlen leads to FlashAttention"
+            raise InvalidConfig(message, param="--attention-backend")
         if self.scheduling_policy not in SCHEDULING_POLICIES:
             names, got = " or ".join(SCHEDULING_POLICIES), self.scheduling_policy
             message = f"--scheduling-policy must be {names}, got {got!r}"
@@ -100,6 +119,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}",
                 param="--gpu-memory-utilization",
             )
+
+    @property
+    def attention(self) -> str:
+        """auto, triton, torch, varlen or flashinfer."""
+        return ATTENTION_BACKENDS[self.attention_backend.lower()]
 
     @property
     def lane_pool(self) -> int:

@@ -16,17 +16,17 @@ from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.adapters.transfer import LaneTransfer
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
+from loramux.engine.attention_backend import attention_shape, make_attention
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
-from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
-from loramux.engine.kernels.cpu.backend import CpuAttention, supports
+from loramux.engine.kernels.attention import Attention
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
 from loramux.engine.layers.linear import check_quantization
 from loramux.engine.memory_profile import gpu_budget
 from loramux.engine.model_input import InputBuilder
 from loramux.engine.models.decoder import Decoder
-from loramux.engine.models.families import ModelConfig, load_model_config
+from loramux.engine.models.families import load_model_config
 from loramux.engine.models.weights import BaseWeights, open_weights
 from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import shard_model
@@ -83,8 +83,9 @@ class ModelRunner:
         limits = step_limits(
             config, max_model_len=self.max_model_len, vocab_size=self.model_config.vocab_size
         )
-        shape = _attention_shape(self._shard.own, config.block_size, self.dtype, self.device)
-        attention = _attention(shape, limits, uses_triton=self._uses_triton)
+        shape = attention_shape(config, self._shard.own, self.dtype, self.device)
+        self._kv_dtype = shape.cache_dtype
+        attention = make_attention(config, shape, limits, uses_triton=self._uses_triton)
         self.model = self._load_model(config, attention, on_layer)
         self._steps = self._start_steps(config, attention, limits)
 
@@ -223,7 +224,7 @@ class ModelRunner:
     def _size_kv_cache(self, config: EngineConfig, reserves: list[tuple[str, int]]) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""
         c = self._shard.own
-        per_layer = 2 * c.num_kv_heads * c.head_dim * config.block_size * self.dtype.itemsize
+        per_layer = 2 * c.num_kv_heads * c.head_dim * config.block_size * self._kv_dtype.itemsize
         demand = KvDemand(
             block_bytes=c.num_layers * per_layer,
             block_size=config.block_size,
@@ -249,30 +250,6 @@ class ModelRunner:
             "KV cache: %d blocks of %d tokens, %s; %s", plan.num_blocks, config.block_size, size, budget
         )
         return plan.num_blocks
-
-
-def _attention_shape(
-    model: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device
-) -> AttentionShape:
-    return AttentionShape(
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        block_size=block_size,
-        windows=tuple(dict.fromkeys(model.windows)),
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _attention(shape: AttentionShape, limits: StepLimits, *, uses_triton: bool) -> Attention:
-    """The fastest implementation that serves this model on this device."""
-    if uses_triton:
-        attention: Attention = importlib.import_module("loramux.engine.gpu_start").gpu_attention(
-            shape, limits
-        )
-        return attention
-    return CpuAttention(shape) if supports(shape) else TorchAttention(shape)
 
 
 def find_device(name: str) -> torch.device:

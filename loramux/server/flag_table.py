@@ -87,6 +87,11 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("gpu-memory-utilization", "share of the GPU's memory to use", float),
         Flag("scheduling-policy", "fcfs, or priority: requests with the lowest `priority` first"),
         Flag("kernels", "auto, torch, or triton (on a GPU)"),
+        Flag(
+            "attention-backend",
+            "auto, triton, torch, varlen (FlashAttention through torch) or flashinfer; also by vLLM's names",
+        ),
+        Flag("kv-cache-dtype", "auto (the model's), or fp8: half the bytes, rounded to e4m3"),
         switch("enforce-eager", "GPU: launch every kernel by itself, without CUDA graphs"),
         Flag(
             "cudagraph-capture-sizes",

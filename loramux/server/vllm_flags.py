@@ -35,7 +35,7 @@ INERT_SWITCHES: Final = frozenset(
 INERT_OPTIONS: Final = frozenset(
     """
     additional-config all2all-backend allowed-local-media-path allowed-media-domains api-server-count
-    attention-backend attention-config code-revision cohere-format collect-detailed-traces
+    attention-config code-revision cohere-format collect-detailed-traces
     compilation-config config-format convert cp-kv-cache-interleave-size cpu-distributed-timeout-seconds
     cpu-offload-gb cpu-offload-params data-parallel-address
     data-parallel-backend data-parallel-rank data-parallel-rpc-port data-parallel-size
@@ -47,7 +47,7 @@ INERT_OPTIONS: Final = frozenset(
     ec-transfer-config eplb-config expert-placement-strategy external-parameters fault-tolerance-config
     fingerprint-mode fingerprint-value gdn-prefill-backend guided-decoding-backend hf-config-path
     hf-overrides ignore-patterns interleave-mm-strings io-processor-plugin ir-op-priority
-    jit-monitor-mode kda-prefill-backend kernel-config kv-cache-dtype kv-cache-dtype-skip-layers
+    jit-monitor-mode kda-prefill-backend kernel-config kv-cache-dtype-skip-layers
     kv-cache-metrics-sample kv-events-config kv-offloading-backend kv-offloading-size kv-transfer-config
     limit-mm-per-prompt linear-backend log-config-file logits-processor-pattern
     logits-processors logprobs-mode long-lora-scaling-factors long-prefill-token-threshold
@@ -113,5 +113,4 @@ HARMLESS_VALUES: Final = {  # asking for what is the case anyway needs no warnin
     "data-parallel-size": "1",
     "api-server-count": "1",
     "tokenizer-mode": "auto",
-    "kv-cache-dtype": "auto",
 }

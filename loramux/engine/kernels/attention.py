@@ -167,7 +167,7 @@ class TorchAttention:
     def plan(self, layout: BatchLayout) -> TorchAttentionInput:
         """Write rows for every token, groups of decode rows, and prompt chunks."""
         return TorchAttentionInput(
-            write_rows=self._write_rows(layout),
+            write_rows=self._tensor(token_rows(layout, self._shape)),
             decode=self._decode_groups(layout),
             prompts=self._prompt_chunks(layout),
         )
@@ -182,6 +182,17 @@ class TorchAttention:
     ) -> Tensor:
         """See `Attention.store`."""
         assert isinstance(plan, TorchAttentionInput)
+        return self.write(qkv, angles, norms, cache, plan.write_rows)
+
+    def write(
+        self,
+        qkv: Tensor,
+        angles: Angles | None,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+        cache: KVCache,
+        rows: Tensor,
+    ) -> Tensor:
+        """`store`, into these rows of the cache."""
         s = self._shape
         heads = qkv.view(-1, s.num_heads + 2 * s.num_kv_heads, s.head_dim)
         q, k, v = torch.split(heads, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
@@ -190,8 +201,8 @@ class TorchAttention:
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         for own, values in ((cache.k, k), (cache.v, v)):
-            rows = to_cache(values.reshape(-1, s.head_dim), own.dtype)
-            as_storable(own).view(-1, s.head_dim).index_copy_(0, plan.write_rows, as_storable(rows))
+            stored = as_storable(to_cache(values.reshape(-1, s.head_dim), own.dtype))
+            as_storable(own).view(-1, s.head_dim).index_copy_(0, rows, stored)
         return q.contiguous()
 
     def attend(self, q: Tensor, cache: KVCache, plan: AttentionInput, *, window: int | None) -> Tensor:
@@ -213,12 +224,6 @@ class TorchAttention:
 
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self._shape.device, non_blocking=True)
-
-    def _write_rows(self, layout: BatchLayout) -> Tensor:
-        size, heads = self._shape.block_size, self._shape.num_kv_heads
-        slots = token_slots(layout, size)
-        rows = ((slots // size)[:, None] * heads + self._heads) * size + (slots % size)[:, None]
-        return self._tensor(rows.reshape(-1))
 
     def _decode_groups(self, layout: BatchLayout) -> list[DecodeGroup]:
         """Sequences whose block tables differ by less than a factor of two share a group, so that
@@ -281,6 +286,14 @@ def to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
 def as_storable(x: Tensor) -> Tensor:
     """The same memory in a dtype that can be gathered and scattered everywhere."""
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+def token_rows(layout: BatchLayout, shape: AttentionShape) -> Ints:
+    """Where each token's keys and values go, of each KV head: rows of a cache [num_blocks, heads, ...]."""
+    size, heads = shape.block_size, np.arange(shape.num_kv_heads, dtype=np.int64)
+    slots = token_slots(layout, size)
+    rows: Ints = ((slots // size)[:, None] * len(heads) + heads) * size + (slots % size)[:, None]
+    return rows.reshape(-1)
 
 
 def _gather(cache: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

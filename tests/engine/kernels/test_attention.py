@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from loramux.engine.adapters.lanes import LaneTable
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager
-from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention, reference_attention
+from loramux.engine.kernels.attention import (
+    Attention,
+    AttentionShape,
+    BatchLayout,
+    TorchAttention,
+    reference_attention,
+)
+from loramux.engine.kernels.attention_varlen import VarlenAttention
 from loramux.engine.kernels.cpu.backend import CpuAttention, supports
 from loramux.engine.model_input import InputBuilder, ModelInput
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.sequence import Sequence
 from loramux.engine.step import ScheduledBatch, ScheduledSequence
 from loramux.engine.types import Request, TokenSampling
+from tests.engine.kernels import paged_libraries
 
+KERNELS = "loramux.engine.kernels"
 KV_HEADS, HEADS, DIM, BLOCK, BLOCKS = 2, 6, 32, 16, 256
 
 SHAPE = AttentionShape(
@@ -28,6 +42,7 @@ SHAPE = AttentionShape(
     device=torch.device("cpu"),
 )
 BACKENDS = [TorchAttention, CpuAttention]
+FOREIGN = ["varlen", "flashinfer"]  # with stand-ins for the libraries that compute
 WORK = [
     [(0, 7)],
     [(0, 200)],  # more than one query block
@@ -103,9 +118,56 @@ def test_attention_equals_the_reference(
     run(backend(SHAPE), work, window)
 
 
+def make_foreign(name: str, shape: AttentionShape, patch: pytest.MonkeyPatch) -> Attention:
+    if name == "varlen":
+        return VarlenAttention(shape, paged_libraries.varlen_attn)
+    patch.setitem(sys.modules, "flashinfer", paged_libraries)
+    patch.delitem(sys.modules, f"{KERNELS}.attention_flashinfer", raising=False)
+    made: Attention = importlib.import_module(f"{KERNELS}.attention_flashinfer").FlashInferAttention(shape)
+    return made
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("work", [*WORK[2:5]], ids=["chunks", "decode", "mixed"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_libraries_are_told_what_they_are_to_compute(
+    name: str, work: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_foreign(name, SHAPE, monkeypatch), work, window)
+
+
+def test_an_8_bit_cache_changes_little() -> None:
+    plain = TorchAttention(SHAPE)
+    small = TorchAttention(replace(SHAPE, kv_dtype=torch.float8_e4m3fn))
+    torch.manual_seed(0)
+    qkv = torch.randn(40, (HEADS + 2 * KV_HEADS) * DIM)
+    qkv[3, -5] = 1e6  # a value that 8 bits cannot hold must not become a NaN
+    blocks = [np.arange(3)]
+    numbers = np.arange(40)
+    layout = BatchLayout(np.array([40]), np.array([40]), np.array([0, 40]), numbers * 0, numbers, blocks, 0)
+
+    rows = []
+    for attention in (plain, small):
+        cache, step = attention.empty_cache(4), attention.plan(layout)
+        q = attention.store(qkv.clone(), None, None, cache, step)
+        rows.append(attention.attend(q, cache, step, window=None))
+
+    assert cache.k.dtype == torch.float8_e4m3fn
+    assert cache.k.nbytes * 4 == plain.empty_cache(4).k.nbytes
+    assert rows[1].isfinite().all()
+    torch.testing.assert_close(rows[1][:3], rows[0][:3], rtol=0.1, atol=0.15)
+    assert not torch.equal(rows[1][:3], rows[0][:3])
+
+
 @pytest.mark.parametrize(
     ("change", "is_supported"),
-    [({}, True), ({"head_dim": 16}, False), ({"block_size": 8}, False), ({"dtype": torch.float16}, False)],
+    [
+        ({}, True),
+        ({"head_dim": 16}, False),
+        ({"block_size": 8}, False),
+        ({"dtype": torch.float16}, False),
+        ({"kv_dtype": torch.float8_e4m3fn}, False),
+    ],
 )
 def test_compiled_attention_takes_only_what_it_can(change: dict[str, object], is_supported: bool) -> None:
     fields = {name: getattr(SHAPE, name) for name in SHAPE.__slots__}

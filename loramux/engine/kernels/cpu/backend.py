@@ -33,6 +33,7 @@ def supports(shape: AttentionShape) -> bool:
     return (
         shape.device.type == "cpu"
         and shape.dtype in TAGS
+        and shape.cache_dtype == shape.dtype
         and shape.block_size == BLOCK
         and shape.head_dim % (2 * LANES) == 0
     )

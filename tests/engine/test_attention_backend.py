@@ -1,0 +1,70 @@
+"""`--attention-backend` and `--kv-cache-dtype`: what each value gives on a CPU, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loramux.engine.attention_backend import make_attention
+from loramux.engine.config import EngineConfig
+from loramux.engine.errors import InvalidConfig
+from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
+from loramux.engine.kernels.cpu.backend import CpuAttention
+from loramux.engine.step_buffers import StepLimits
+
+LIMITS = StepLimits(max_tokens=8, max_seqs=2, max_blocks=4, block_size=16, num_lanes=0, vocab_size=8)
+SHAPE = AttentionShape(
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+    block_size=16,
+    windows=(None,),
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+
+
+def make(backend: str, shape: AttentionShape = SHAPE, *, uses_triton: bool = False) -> Attention:
+    config = EngineConfig(model="m", attention_backend=backend)
+    return make_attention(config, shape, LIMITS, uses_triton=uses_triton)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("auto", CpuAttention),
+        ("AUTO", CpuAttention),
+        ("torch", TorchAttention),
+        ("TORCH_SDPA", TorchAttention),
+    ],
+)
+def test_what_a_name_means_on_a_cpu(name: str, kind: type[Attention]) -> None:
+    assert isinstance(make(name), kind)
+
+
+@pytest.mark.parametrize("name", ["triton", "TRITON_ATTN", "varlen", "FLASHINFER"])
+def test_what_needs_a_gpu_says_so(name: str) -> None:
+    with pytest.raises(InvalidConfig, match=f"--attention-backend {name}: it needs a CUDA device") as caught:
+        make(name)
+
+    assert caught.value.param == "--attention-backend"
+
+
+def test_a_name_that_nobody_knows_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(InvalidConfig, match="one of auto, flashinfer, torch, triton, varlen, got 'xformers'"):
+        EngineConfig(model="m", attention_backend="xformers")
+
+
+def test_flash_attention_is_shown_its_way() -> None:
+    with pytest.raises(InvalidConfig, match="got 'FLASH_ATTN'; varlen leads to FlashAttention"):
+        EngineConfig(model="m", attention_backend="FLASH_ATTN")
+
+
+def test_steps_in_triton_take_no_other_attention() -> None:
+    with pytest.raises(InvalidConfig, match="give --kernels torch, too"):
+        make("torch", uses_triton=True)
+
+
+def test_a_kv_cache_dtype_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="must be one of auto, fp8, fp8_e4m3, got 'fp8_e5m2'"):
+        EngineConfig(model="m", kv_cache_dtype="fp8_e5m2")
