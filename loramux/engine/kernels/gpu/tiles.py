@@ -8,6 +8,8 @@ written by `benchmarks/tune_tiles.py`, never while serving; its last rules fit e
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,14 +48,15 @@ class Rule:
         )
 
 
-@cache
-def rules(path: Path = TABLE) -> dict[str, list[Rule]]:
-    """The table, by kernel."""
+_forced: dict[str, Tile] = {}
+
+
+def read_rules(path: Path = TABLE) -> dict[str, list[Rule]]:
+    """A table, by kernel."""
     stored: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
     return {kernel: [_rule(entry) for entry in entries] for kernel, entries in stored.items()}
 
 
-@cache
 def tile(kernel: str, shape: tuple[int, int], num_lanes: int, num_tokens: int) -> Tile:
     """How to launch a kernel.
 
@@ -62,7 +65,27 @@ def tile(kernel: str, shape: tuple[int, int], num_lanes: int, num_tokens: int) -
         num_lanes: prefix of the pool in use, 0 without LoRA.
         num_tokens: of the step, padding included.
     """
-    return next(r.tile for r in rules()[kernel] if r.fits(shape, num_lanes, num_tokens))
+    return _forced.get(kernel) or _from_table(kernel, shape, num_lanes, num_tokens)
+
+
+@contextmanager
+def forced(kernel: str, only: Tile) -> Iterator[None]:
+    """Launch a kernel in one way, whatever the table says: for the tuner."""
+    _forced[kernel] = only
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+@cache
+def _rules() -> dict[str, list[Rule]]:
+    return read_rules()
+
+
+@cache
+def _from_table(kernel: str, shape: tuple[int, int], num_lanes: int, num_tokens: int) -> Tile:
+    return next(r.tile for r in _rules()[kernel] if r.fits(shape, num_lanes, num_tokens))
 
 
 def _rule(entry: dict[str, Any]) -> Rule:

@@ -38,12 +38,14 @@ def make_site(
     for b in site.b:
         b.fill_(3e4)
     if site.weight is not None:
-        site.weight[: sum(widths)] = torch.randn(sum(widths), in_features) / in_features**0.5
+        site.weight[: sum(widths)] = torch.randn(sum(widths), in_features, device=DEVICE) / in_features**0.5
     for span in ADAPTERS:
         own = slice(span.first, span.first + span.rank)
-        site.a[own] = (torch.randn(span.rank, len(widths), in_features) / in_features**0.5).to(DEVICE, dtype)
+        site.a[own] = (torch.randn(span.rank, len(widths), in_features, device=DEVICE) / in_features**0.5).to(
+            dtype
+        )
         for b in site.b:
-            b[own] = (torch.randn(span.rank, b.shape[1]) / span.rank**0.5).to(DEVICE, dtype)
+            b[own] = (torch.randn(span.rank, b.shape[1], device=DEVICE) / span.rank**0.5).to(dtype)
     held = slice(UNWRITTEN.first, UNWRITTEN.end)
     site.a[held] = 0
     for b in site.b:
