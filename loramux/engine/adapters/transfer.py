@@ -76,6 +76,7 @@ class LaneTransfer:
         self._steps = torch.cuda.current_stream(device) if is_gpu else None
         self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
         self._done: Any = torch.cuda.Event(blocking=True) if is_gpu else None  # type: ignore[no-untyped-call]
+        self._compile()
 
     @property
     def max_host_bytes(self) -> int:
@@ -125,6 +126,7 @@ class LaneTransfer:
         table[:, Column.TARGET] += span.first * table[:, Column.TARGET_STRIDE] * self._pool.dtype.itemsize
         for batch in batches:
             table[batch.rows, Column.SOURCE] -= batch.begin
+        widest = int(table[:, Column.COLUMNS].max())
         self._table.copy_(self._host_table, non_blocking=True)
         self._flags.zero_()
         for index, batch in enumerate(batches):
@@ -133,16 +135,24 @@ class LaneTransfer:
                 self._staging[place : place + len(part)].copy_(part, non_blocking=True)
             if index == 0:
                 self._wait_for_steps()
-            self._scatter(
-                self._table,
-                self._staging,
-                self._flags,
-                self._pool.any_lanes,
-                rows=batch.rows,
-                count=span.count,
-                max_features=int(adapter.table[:, Column.COLUMNS].max()),
-            )
+            self._launch(batch.rows, count=span.count, max_features=widest)
         self._host_flags.copy_(self._flags, non_blocking=True)
+
+    def _compile(self) -> None:
+        """Launch the kernel on a row without features: the first adapter should not wait for a compiler."""
+        self._table[0].zero_()
+        self._launch(slice(0, 1), count=1, max_features=1)
+
+    def _launch(self, rows: slice, *, count: int, max_features: int) -> None:
+        self._scatter(
+            self._table,
+            self._staging,
+            self._flags,
+            self._pool.any_lanes,
+            rows=rows,
+            count=count,
+            max_features=max_features,
+        )
 
     def _wait_for_steps(self) -> None:
         if self._stream is not None and self._steps is not None:
