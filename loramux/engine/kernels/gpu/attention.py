@@ -10,7 +10,7 @@ from torch import Tensor
 from loramux.engine.kernels.attention import Angles, AttentionInput, AttentionShape, BatchLayout, KVCache
 from loramux.engine.kernels.gpu.attention_input import AttentionPlanner, GpuAttentionInput
 from loramux.engine.kernels.gpu.attention_kernel import attend_items
-from loramux.engine.kernels.gpu.attention_tiles import Tiles, padded
+from loramux.engine.kernels.gpu.attention_tiles import AttentionTiles, Tiles, padded
 from loramux.engine.kernels.gpu.qkv import store_qkv
 from loramux.engine.kernels.gpu.site_output import SiteOutput
 from loramux.engine.layers.norm import RMSNorm
@@ -23,13 +23,21 @@ class GpuAttention:
     A captured step uses `planner` with the step's own buffers; `plan` is for steps that are not.
     """
 
-    def __init__(self, shape: AttentionShape, limits: StepLimits, *, soft_cap: float | None = None) -> None:
+    def __init__(
+        self,
+        shape: AttentionShape,
+        limits: StepLimits,
+        *,
+        soft_cap: float | None = None,
+        tiles: AttentionTiles | None = None,
+    ) -> None:
         """Allocate the scratch of split tiles.
 
         Args:
             soft_cap: scores become soft_cap * tanh(score / soft_cap); None = they stay
+            tiles: None = from the table
         """
-        self.planner = AttentionPlanner(shape, limits)
+        self.planner = AttentionPlanner(shape, limits, tiles)
         self._shape = shape
         self._soft_cap = soft_cap or 0.0
         self._windows = {window: i for i, window in enumerate(shape.windows)}

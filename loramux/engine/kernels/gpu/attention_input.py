@@ -25,7 +25,7 @@ from torch import Tensor
 
 from loramux.engine.kernels.attention import AttentionInput, AttentionShape, BatchLayout
 from loramux.engine.kernels.cpu.dtypes import Ints
-from loramux.engine.kernels.gpu.attention_tiles import Tiles, decode_tiles, prompt_tiles
+from loramux.engine.kernels.gpu.attention_tiles import AttentionTiles, Tiles, tiles_of
 from loramux.engine.step_buffers import DeviceFields, Fields, HostFields, StepLimits
 
 # Columns of an item.
@@ -62,11 +62,15 @@ class _TileList(NamedTuple):
 class AttentionPlanner:
     """What the attention of one model needs of a step."""
 
-    def __init__(self, shape: AttentionShape, limits: StepLimits) -> None:
-        group = shape.num_heads // shape.num_kv_heads
-        self.decode = decode_tiles(group, shape.head_dim, shape.dtype)
-        self.prompt = prompt_tiles(group, shape.head_dim, shape.dtype)
-        self._queries = self.prompt.queries(group)
+    def __init__(
+        self, shape: AttentionShape, limits: StepLimits, tiles: AttentionTiles | None = None
+    ) -> None:
+        """Args:
+        tiles: None = from the table
+        """
+        tiles = tiles or tiles_of(shape)
+        self.decode, self.prompt = tiles.decode, tiles.prompt
+        self._queries = self.prompt.queries(shape.num_heads // shape.num_kv_heads)
         self._num_kv_heads = shape.num_kv_heads
         self._windows = shape.windows
         self._block_size = shape.block_size

@@ -12,6 +12,8 @@ from typing import Final
 
 import torch
 
+from loramux.engine.kernels.attention import AttentionShape
+
 NUM_SMS: Final = 132
 MIN_ROWS: Final = 16  # of a matrix product
 
@@ -32,6 +34,21 @@ class Tiles:
     def queries(self, group: int) -> int:
         """Query tokens of a tile."""
         return self.block_m // group
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """Both classes of a model's rows."""
+
+    decode: Tiles
+    prompt: Tiles
+
+
+def tiles_of(shape: AttentionShape) -> AttentionTiles:
+    """From the table."""
+    group = shape.num_heads // shape.num_kv_heads
+    kind = (group, shape.head_dim, shape.dtype)
+    return AttentionTiles(decode_tiles(*kind), prompt_tiles(*kind))
 
 
 def padded(head_dim: int) -> int:
