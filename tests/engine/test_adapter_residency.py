@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
@@ -21,6 +22,17 @@ from tests.tiny_models import make_tiny
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS = [4, 8, 16, 33, 5, 12, 8, 24]
 MAX_STEPS = 100_000
+PLACES = [
+    pytest.param({}, id="cpu"),
+    pytest.param(
+        {"device": "cuda", "kernels": "triton", "host_lora_bytes": 64 << 20},
+        id="gpu",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +97,12 @@ def prompts(count: int) -> Iterator[list[int]]:
     [{}, {"num_lanes": 40}, {"num_lanes": 40, "max_cpu_loras": 2}, {"host_lora_bytes": 1}],
     ids=["all on the device", "lanes for few", "two on the host", "no host memory to spare"],
 )
+@pytest.mark.parametrize("place", PLACES)
 def test_every_tier_gives_the_same_tokens(
-    model: Path, specs: list[AdapterSpec], config: dict[str, int]
+    model: Path, specs: list[AdapterSpec], place: dict[str, object], config: dict[str, int]
 ) -> None:
-    plain = start(model, num_lanes=256)
-    engine = start(model, **config)
+    plain = start(model, num_lanes=256, **place)
+    engine = start(model, **{**place, **config})
     for spec in specs:
         plain.load_adapter(spec)
         engine.load_adapter(spec)
@@ -108,15 +121,16 @@ def test_every_tier_gives_the_same_tokens(
     engine.adapters.check_invariants()
 
 
-def test_churn_changes_no_stream(model: Path, specs: list[AdapterSpec]) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_churn_changes_no_stream(model: Path, specs: list[AdapterSpec], place: dict[str, object]) -> None:
     """1,000 loads, unloads and short requests of other adapters while 16 streams run."""
-    plain = start(model, num_lanes=256)
+    plain = start(model, num_lanes=256, **place)
     for spec in specs[:4]:
         plain.load_adapter(spec)
     steady = [None, *(spec.digest for spec in specs[:3])]
     work = [(str(i), p, steady[i % 4]) for i, p in enumerate(prompts(64))]
     wanted = {name: alone(plain, prompt, digest) for name, prompt, digest in work}
-    engine = start(model, num_lanes=96, max_cpu_loras=5, max_num_seqs=20)
+    engine = start(model, num_lanes=96, max_cpu_loras=5, max_num_seqs=20, **place)
     for spec in specs[:3]:
         engine.load_adapter(spec)
     rng = random.Random(3)
