@@ -37,7 +37,7 @@ Floats = npt.NDArray[np.float32]
 Parts = tuple[int, int, int, int, int]  # of scratch
 
 NEVER = np.float32(-1e30)  # a score that exp turns into zero; not -inf, whose difference is NaN
-_ROWS = 24  # of a prompt's tile: enough to use each key and value that was read many times
+ROWS = 24  # of a prompt's tile: enough to use each key and value that was read many times
 _REGISTERS = 24  # vectors that hold sums; eight are left for what is multiplied
 
 
@@ -59,7 +59,7 @@ def tile_of(group: int, vectors: int, *, is_prompt: bool) -> Tile:
         group: query heads a KV head
         vectors: head_dim / 16
     """
-    tokens = max(1, _ROWS // group) if is_prompt else 1
+    tokens = max(1, ROWS // group) if is_prompt else 1
     used = tokens * group
     most = max(1, _REGISTERS // vectors)
     value_rows = -(-used // -(-used // most))
@@ -208,8 +208,9 @@ def _score(
     for i in range(0, len(table), step):
         for b in range(step):
             ids[b] = table[min(i + b, last)]
-            prefetch_block(dtype, vectors, k + offset + table[min(i + step + b, last)] * stride)
-            prefetch_block(dtype, vectors, v + offset + ids[b] * stride)
+            if len(rows) < ROWS:  # of a prompt's blocks all but the newest are in the cache
+                prefetch_block(dtype, vectors, k + offset + table[min(i + step + b, last)] * stride)
+                prefetch_block(dtype, vectors, v + offset + ids[b] * stride)
         for row in range(0, len(rows), len(score_size)):
             source, at = queries + row * row_bytes, target + (row * width + i * BLOCK) * 4
             score_rows(

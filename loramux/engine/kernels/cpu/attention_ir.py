@@ -96,27 +96,34 @@ def softmax_row(typing: Any, dtype: Any, count: Any, scores: Any, probs: Any, sc
     def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
         v = Vectors(builder)
         _, count_, scores_, probs_, scale_ = args
-        best, total = v.accumulator(), v.accumulator()
-        builder.store(v.load(scores_, v.i64(0), types.float32), best)
+        best = [v.accumulator() for _ in range(4)]
+        total = [v.accumulator() for _ in range(4)]
+        for one in best:
+            builder.store(v.load(scores_, v.i64(0), types.float32), one)
 
-        def find(i: Value) -> None:
-            builder.store(v.larger(builder.load(best), v.load(scores_, i, types.float32)), best)
+        def find(i: Value, chain: int) -> None:
+            one = best[chain]
+            builder.store(v.larger(builder.load(one), v.load(scores_, i, types.float32)), one)
 
-        v.loop(count_, find)
-        largest, factor = v.splat(v.max(builder.load(best))), v.splat(scale_)
+        v.unrolled(count_, find)
+        for one in best[1:]:
+            builder.store(v.larger(builder.load(best[0]), builder.load(one)), best[0])
+        largest, factor = v.splat(v.max(builder.load(best[0]))), v.splat(scale_)
         is_half = dtype == types.uint16
         if is_half:
             factor = builder.fmul(factor, v.const(1.44269504))  # 2 to the x instead of e
 
-        def raise_(i: Value) -> None:
+        def raise_(i: Value, chain: int) -> None:
             distance = builder.fsub(v.load(scores_, i, types.float32), largest)
             distance = builder.fmul(distance, factor)
             value = v.rough_exp2(distance) if is_half else v.exp(distance)
             v.store(probs_, i, value, dtype)
-            builder.store(builder.fadd(builder.load(total), value), total)
+            builder.store(builder.fadd(builder.load(total[chain]), value), total[chain])
 
-        v.loop(count_, raise_)
-        return builder.fdiv(ir.Constant(ir.FloatType(), 1.0), v.sum(builder.load(total)))
+        v.unrolled(count_, raise_)
+        for one in total[1:]:
+            builder.store(builder.fadd(builder.load(total[0]), builder.load(one)), total[0])
+        return builder.fdiv(ir.Constant(ir.FloatType(), 1.0), v.sum(builder.load(total[0])))
 
     return types.float32(dtype, types.int64, types.int64, types.int64, types.float32), codegen
 

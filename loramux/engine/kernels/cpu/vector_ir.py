@@ -145,7 +145,7 @@ class Vectors:
 
     def larger(self, x: Value, y: Value) -> Value:
         """The larger of both in each lane."""
-        return self._call("llvm.maxnum.v16f32", _VEC, [x, y])
+        return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
 
     def max(self, value: Value) -> Value:
         """The largest lane."""
@@ -193,6 +193,15 @@ class Vectors:
         """`body(i)` for i = 0, 16, 32, ... below count."""
         with cgutils.for_range_slice(self.b, self.i64(0), count, self.i64(LANES)) as (index, _):
             body(index)
+
+    def unrolled(self, count: Value, body: Callable[[Value, int], None]) -> None:
+        """`body(i, chain)` as in `loop`, four at a time; chain tells the four apart."""
+        whole = self.b.and_(count, self.i64(-4 * LANES))
+        with cgutils.for_range_slice(self.b, self.i64(0), whole, self.i64(4 * LANES)) as (index, _):
+            for chain in range(4):
+                body(self.b.add(index, self.i64(chain * LANES)), chain)
+        with cgutils.for_range_slice(self.b, whole, count, self.i64(LANES)) as (index, _):
+            body(index, 0)
 
     def accumulator(self) -> Value:
         """A vector variable, zero at first, that the optimiser keeps in a register."""
