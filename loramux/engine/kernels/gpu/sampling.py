@@ -7,7 +7,8 @@ Rows with filters need no sort. Their draw begins with the best sum of logit and
 and asks whether the filters leave that token: how many come before it, with what mass. If not, then none
 of those after it is left either, and the search goes on among those before it: the same token as if the
 filters had been applied first. Mostly the first or second token is right. Only top_p together with
-top_k or min_p must know the mass that those leave, and so looks for the k-th best logit by bisection.
+top_k or min_p must know the mass that those leave, and so looks for the k-th best logit by bisection,
+among the few tokens that can be left.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from loramux.engine.kernels.sampling import SamplerInput, SamplerTables
 
 CHUNK: Final = 2048  # fixed: a row's result must not depend on how many rows there are
 FILTER_BLOCK: Final = 8192
+LIST_SIZE: Final = 1024
 DRAW_WARPS: Final = 4
 FILTER_WARPS: Final = 16
 
@@ -64,27 +66,31 @@ class TritonSampler:
         *,
         chunk: int = CHUNK,
         filter_block: int = FILTER_BLOCK,
+        list_size: int = LIST_SIZE,
     ) -> None:
         """Allocate the scratch.
 
         Args:
             chunk: tokens of a program of the first kernel
             filter_block: tokens that the second one's programs read at a time
+            list_size: tokens that they may gather
         """
-        self._chunk, self._filter_block = chunk, filter_block
+        self._chunk, self._filter_block, self._list_size = chunk, filter_block, list_size
         self._num_chunks = triton.cdiv(vocab_size, chunk)
         shape = (max_rows, self._num_chunks)
         self._scaled = torch.empty((max_rows, vocab_size), dtype=torch.float32, device=device)
         self._best = torch.empty(shape, dtype=torch.float32, device=device)
         self._ids = torch.empty(shape, dtype=torch.int32, device=device)
         self._peaks = torch.empty(shape, dtype=torch.float32, device=device)
+        self._sums = torch.empty(shape, dtype=torch.float32, device=device)
+        self._values = torch.empty((max_rows, list_size), dtype=torch.float32, device=device)
+        self._tokens = torch.empty((max_rows, list_size), dtype=torch.int32, device=device)
         self._arrived = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the scratch."""
-        parts = (self._scaled, self._best, self._ids, self._peaks, self._arrived)
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in vars(self).values() if isinstance(part, Tensor))
 
     def __call__(self, logits: Tensor, inputs: SamplerInput, tables: SamplerTables, out: Tensor) -> None:
         """As `kernels.sampling.draw_tokens`; one kernel, with filters in the step two."""
@@ -104,6 +110,7 @@ class TritonSampler:
             self._best,
             self._ids,
             self._peaks,
+            self._sums,
             self._arrived,
             out,
             vocab_size,
@@ -121,11 +128,15 @@ class TritonSampler:
             inputs.floats,
             tables.counts,
             self._peaks,
+            self._sums,
+            self._values,
+            self._tokens,
             out,
             vocab_size,
             self._num_chunks,
             BLOCKS=triton.cdiv(vocab_size, self._filter_block),
             BLOCK=self._filter_block,
+            LIST=self._list_size,
             num_warps=FILTER_WARPS,
             **options,
         )
@@ -145,6 +156,7 @@ def _draw(
     best_scores: tl.tensor,
     best_ids: tl.tensor,
     peaks: tl.tensor,
+    sums: tl.tensor,
     arrived: tl.tensor,
     out: tl.tensor,
     vocab_size: tl.tensor,
@@ -173,7 +185,10 @@ def _draw(
             if MODE == FULL:  # noqa: SIM102
                 if flags & FILTERED:
                     tl.store(scaled + row.to(tl.int64) * vocab_size + ids, score, mask=inside)
-                    tl.store(peaks + row * num_chunks + chunk, tl.max(score, axis=0))
+                    top = tl.max(score, axis=0)
+                    mass = tl.exp(score - tl.where(top > NEG_INF, top, 0.0))
+                    tl.store(peaks + row * num_chunks + chunk, top)
+                    tl.store(sums + row * num_chunks + chunk, tl.sum(mass, axis=0))
             score += gumbel(ids, record)
     best = tl.max(score, axis=0)
     best_id = tl.min(tl.where(score == best, ids, NO_ID), axis=0)
@@ -181,16 +196,23 @@ def _draw(
     tl.store(best_ids + row * num_chunks + chunk, best_id)
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1) == num_chunks - 1:
-        others = row * num_chunks + tl.arange(0, WIDTH)
-        is_one = tl.arange(0, WIDTH) < num_chunks
-        scores = tl.load(best_scores + others, mask=is_one, other=NEG_INF, cache_modifier=".cg")
-        found = tl.load(best_ids + others, mask=is_one, other=NO_ID, cache_modifier=".cg")
-        token = tl.min(tl.where(scores == tl.max(scores, axis=0), found, NO_ID), axis=0)
+        token = _best_of_chunks(best_scores, best_ids, row * num_chunks, num_chunks, WIDTH)
         tl.store(out + row, token)
         tl.store(arrived + row, 0)
         if MODE == FULL:  # noqa: SIM102
             if (flags & (PENALISED | FILTERED)) == PENALISED:
                 count_token(counts, record, token, vocab_size)
+
+
+@triton.jit
+def _best_of_chunks(
+    scores: tl.tensor, ids: tl.tensor, first: tl.tensor, num_chunks: tl.tensor, WIDTH: tl.constexpr
+) -> tl.tensor:
+    """The first of a row's best tokens, from what other programs have written."""
+    chunks = tl.arange(0, WIDTH)
+    score = tl.load(scores + first + chunks, mask=chunks < num_chunks, other=NEG_INF, cache_modifier=".cg")
+    token = tl.load(ids + first + chunks, mask=chunks < num_chunks, other=NO_ID, cache_modifier=".cg")
+    return tl.min(tl.where(score == tl.max(score, axis=0), token, NO_ID), axis=0)
 
 
 @triton.jit

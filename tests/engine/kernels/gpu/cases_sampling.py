@@ -23,6 +23,9 @@ TYPES = {
     "best_scores": "*fp32",
     "best_ids": "*i32",
     "peaks": "*fp32",
+    "sums": "*fp32",
+    "list_values": "*fp32",
+    "list_tokens": "*i32",
     "arrived": "*i32",
     "out": "*i32",
     "vocab_size": "i32",
@@ -51,7 +54,12 @@ def cases(vocab_size: int) -> list[CompileCase]:
         for logits in ("*bf16", "*fp32")
     ]
     block = sampling.FILTER_BLOCK
-    cut = {"BLOCKS": triton.cdiv(vocab_size, block), "BLOCK": block, "WIDTH": width}
+    cut = {
+        "BLOCKS": triton.cdiv(vocab_size, block),
+        "BLOCK": block,
+        "LIST": sampling.LIST_SIZE,
+        "WIDTH": width,
+    }
     found.append(case(f"filter {vocab_size}", sampling_filter.filter_rows, sampling.FILTER_WARPS, **cut))
     return found
 
