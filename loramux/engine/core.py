@@ -166,6 +166,7 @@ class Engine:
         if batch is not None:
             step = self.runner.launch(batch, self.grammars.tokenizer)  # the only call that computes
             self._running.append((batch, step))
+            self.residency.hand_out()
             self._step_tokens.add(sum(item.count for item in batch.sequences))
             if len(self._running) <= self._max_running:
                 return []  # the device is busy: time to plan the next step

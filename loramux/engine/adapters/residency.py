@@ -93,12 +93,17 @@ class AdapterResidency:
         self.store.retire(digest)
 
     def advance(self) -> None:
-        """Take in what the loader finished, give it what the store wants next, drop what left.
+        """Take in what the loader finished, drop what left, and `hand_out`.
 
         Called once a step; costs next to nothing when nothing moves.
         """
         for finished in self.loader.finished():
             self._finish(finished)
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """Give the loader what the store wants next; also called as soon as a step is launched, so that what
+        the scheduler asked for is on its way while the step runs."""
         jobs = self.store.take_jobs()
         for digest in jobs.reads:
             self.loader.submit(JobKind.READ, digest, partial(self._read, self._known[digest].spec))
