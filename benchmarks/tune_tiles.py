@@ -52,8 +52,8 @@ def candidates(kernel: str, *, has_lora: bool) -> Iterator[Tile]:
         for r, w in itertools.product((2, 4, 8) if has_lora else (8,), (4, 8, 16, 32)):
             yield Tile(lanes=r, num_warps=w, num_stages=1)
     elif kernel == "shrink":
-        for c, j, k, s in itertools.product((1, 2, 4), (16, 32, 64), (64, 128, 256), (2, 3, 4)):
-            yield Tile(columns=c, lanes=j, features=k, num_warps=4, num_stages=s)
+        for n, c, j, k, s in itertools.product((16, 32, 64), (1, 3), (32, 64), (64, 128, 256), (2, 3, 4)):
+            yield Tile(rows=n, columns=c, lanes=j, features=k, num_warps=4, num_stages=s)
     else:
         for c, r, w in itertools.product((64, 128, 256), lanes, (1, 2, 4, 8)):
             yield Tile(columns=c, lanes=r, num_warps=w)

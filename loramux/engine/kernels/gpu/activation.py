@@ -57,6 +57,8 @@ def activation_kernel(
 ) -> None:
     """One tile of tokens, N features of WIDTH."""
     first, end, lane, rank = own_rows(tl.program_id(0), num_tokens, token_lane, token_rank, tiles, M, LORA)
+    if first >= end:  # nobody's tile
+        return
     rows = first + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)
     wanted = column < WIDTH

@@ -3,7 +3,7 @@
     shrink   h[t, l] = x[t] · A[l]                 l over the lanes of t's adapter, all parts
     expand   y[t, part] += Σ h[t, l] · B_part[l]
 
-The shrink works on tiles, up to 64 tokens of one adapter at its true rank. Lanes of all parts of one
+The shrink works on tiles, or parts of them, at the adapter's true rank. Lanes of all parts of one
 adapter are consecutive rows of A, so parts need no care there. With few tiles its input features are
 split into planes of float32, each written by one program, which the expand adds up in order: no
 atomics, hence the same bits for the same batch. `kernels/lora.py` is the reference of both.
@@ -39,10 +39,15 @@ def shrink_kernel(
     PARTS: tl.constexpr,
     PLANES: tl.constexpr,
     M: tl.constexpr,
+    TILE: tl.constexpr,
     J: tl.constexpr,
 ) -> None:
-    """One tile, one range of input features, every so many J rows of A."""
-    first, end, lane, rank = own_rows(tl.program_id(0), 0, tiles, tiles, tiles, M, True)
+    """M rows of a tile, one range of input features, every so many J rows of A."""
+    tile_id = tl.program_id(0) // (TILE // M)
+    first, end, lane, rank = own_rows(tile_id, 0, tiles, tiles, tiles, TILE, True)
+    first += tl.program_id(0) % (TILE // M) * M
+    if first >= end:
+        return
     plane = tl.program_id(2)
     share = tl.cdiv(tl.cdiv(WIDTH, K), PLANES) * K
     low = plane * share
@@ -79,13 +84,15 @@ def shrink(x: Tensor, site: SiteLanes, lora: GpuLoraInput, planes: int) -> Tenso
     cut = tile("shrink", (in_features, site.offsets[-1]), lora.num_lanes, x.shape[0])
     shape = (planes, x.shape[0], lora.num_lanes * num_parts)
     h = torch.empty(shape, dtype=x.dtype if planes == 1 else torch.float32, device=x.device)
-    shrink_kernel[lora.tiles.shape[0], cut.columns, planes](
+    rows = min(cut.rows, lora.tile_rows)
+    shrink_kernel[lora.tiles.shape[0] * (lora.tile_rows // rows), cut.columns, planes](
         *(x, x.stride(0), site.a, h, h.stride(1), h.stride(0), lora.tiles),
         WIDTH=in_features,
         K=cut.features,
         PARTS=num_parts,
         PLANES=planes,
-        M=lora.tile_rows,
+        M=rows,
+        TILE=lora.tile_rows,
         J=cut.lanes,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,

@@ -66,6 +66,8 @@ def store_qkv_kernel(
 ) -> None:  # fmt: skip
     """One tile of tokens, one head of q, k or v; HALF is head_dim / 2, padded to a power of two."""
     first, end, lane, rank = own_rows(tl.program_id(0), num_tokens, token_lane, token_rank, tiles, M, LORA)
+    if first >= end:  # nobody's tile
+        return
     head = tl.program_id(1)
     rows = first + tl.arange(0, M)
     i = tl.arange(0, HALF)

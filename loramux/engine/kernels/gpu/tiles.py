@@ -22,7 +22,7 @@ TABLE: Final = Path(__file__).with_name("tiles_h200.json")
 class Tile:
     """One way to launch a kernel; what a kernel has no use for stays at 1."""
 
-    rows: int = 1  # tokens of a program without LoRA
+    rows: int = 1  # tokens of a program: without LoRA, and in a shrink
     columns: int = 1  # output features of a program
     lanes: int = 16  # at a time
     features: int = 1  # input features at a time, in a shrink

@@ -79,8 +79,7 @@ FORMS = [
     Form("64 tokens in tiles", 64, 256, 16),
     Form("64 tokens in tiles, planes", 64, 4096, 16, planes=8),
     Form("8 tokens, planes", 8, 1024, 1, planes=8),
-    Form("2048 tokens", 2048, 512, 16),
-    Form("4096 tokens", 4096, 512, 32),
+    Form("1024 tokens", 1024, 512, 32),
     Form("8192 tokens", 8192, 512, 64),
 ]
 
@@ -109,11 +108,16 @@ def _qkv(shape: Shape, form: Form, cache: str = "*bf16") -> CompileCase:
     )
 
 
-def _activation(shape: Shape, form: Form) -> CompileCase:
+def _activation(shape: Shape, form: Form, kind: str = "silu") -> CompileCase:
     cut = tile("activation", (shape.inner, 2 * shape.inner), form.num_lanes, form.num_tokens)
-    constants: dict[str, Any] = {"WIDTH": shape.inner, "N": cut.columns, "KIND": "silu", "GATED": True}
+    constants: dict[str, Any] = {
+        "WIDTH": shape.inner,
+        "N": cut.columns,
+        "KIND": kind,
+        "GATED": kind == "silu",
+    }
     return CompileCase(
-        f"activation {shape.name} {form.name}",
+        f"activation {shape.name} {form.name} {kind}",
         activation_kernel,
         {"x": "*bf16", "x_row": "i32", "out": "*bf16"} | form.types,
         constants | form.constants(cut, 2),
@@ -147,7 +151,8 @@ def _shrink(shape: Shape, form: Form, in_features: int, parts: int, out_features
             "K": cut.features,
             "PARTS": parts,
             "PLANES": form.planes,
-            "M": max(form.rows, 16),
+            "M": min(cut.rows, max(form.rows, 16)),
+            "TILE": max(form.rows, 16),
             "J": cut.lanes,
         },
         {"num_warps": cut.num_warps, "num_stages": cut.num_stages},
@@ -167,21 +172,19 @@ def _expand(shape: Shape, form: Form, widths: tuple[int, ...], in_features: int)
     )
 
 
-def _cases(shape: Shape) -> list[CompileCase]:
+def _cases(shape: Shape, forms: list[Form], cache: str = "*bf16") -> list[CompileCase]:
+    """A rank is no constant of a kernel: each case serves all of them."""
     cases = []
-    for form in FORMS:
-        cases += [_qkv(shape, form), _activation(shape, form)]
+    kv = shape.kv_heads * HEAD_DIM
+    for form in forms:
+        cases += [_qkv(shape, form, cache), _activation(shape, form)]
         if form.rows <= 1:
             cases.append(_norm(shape, form))
         if form.num_lanes > 0:
-            kv = shape.kv_heads * HEAD_DIM
-            cases += [
-                _shrink(shape, form, shape.inner, 1, shape.hidden),
-                _shrink(shape, form, shape.hidden, 3, shape.hidden + 2 * kv),
-                _expand(shape, form, (shape.hidden,), shape.inner),
-                _expand(shape, form, (shape.heads * HEAD_DIM, kv, kv), shape.hidden),
-            ]
+            cases.append(_expand(shape, form, (shape.heads * HEAD_DIM, kv, kv), shape.hidden))
+            cases.append(_shrink(shape, form, shape.inner, 1, shape.hidden))
     return cases
 
 
-CASES = [*_cases(LLAMA), _qkv(QWEN, FORMS[2], "*fp8e4nv"), _activation(QWEN, FORMS[2]), _norm(QWEN, FORMS[2])]
+CASES = [*_cases(LLAMA, FORMS), *_cases(QWEN, [FORMS[2]], "*fp8e4nv")]
+CASES += [_activation(LLAMA, FORMS[0], kind) for kind in ("relu", "gelu", "gelu_tanh")]

@@ -17,10 +17,20 @@ from loramux.engine.kernels.gpu.lora import expanded, shrink
 from loramux.engine.kernels.gpu.norm import rms_norm
 from loramux.engine.kernels.gpu.qkv import store_qkv
 from loramux.engine.kernels.gpu.site_output import Pending, SiteOutput
+from loramux.engine.kernels.gpu.tiles import tile
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.layers.activation import Activation
 from loramux.engine.layers.norm import RMSNorm
-from tests.engine.kernels.gpu.lora_sites import DECODE, DEVICE, MIXED, Step, make_site, make_step, reference
+from tests.engine.kernels.gpu.lora_sites import (
+    ADAPTERS,
+    DECODE,
+    DEVICE,
+    MIXED,
+    Step,
+    make_site,
+    make_step,
+    reference,
+)
 
 CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-5}
 ROUNDED: dict[
@@ -70,6 +80,17 @@ def test_shrink_and_expand(form: str, by_tile: bool, widths: list[int], dtype: t
 
     assert whole.pending is None
     torch.testing.assert_close(whole.base.double(), expected, **ROUNDED[dtype])
+
+
+@pytest.mark.parametrize("counts", [[150, 40, 90], [700, 40, 400]])
+def test_prompts_in_wide_tiles(counts: list[int]) -> None:
+    site, step = make_site(16, [16]), make_step([ADAPTERS[1], None, ADAPTERS[2]], counts, padding=3)
+    x = torch.randn(step.num_tokens, 16, device=DEVICE)
+    output = separate(x, site, step, by_tile=True, planes=1)
+    expected = reference(output.base, x, site, step)
+
+    assert step.lora.tile_rows > tile("shrink", (16, 16), step.lora.num_lanes, step.num_tokens).rows
+    torch.testing.assert_close(expanded(output).base.double(), expected, **CLOSE)
 
 
 def test_rows_without_an_adapter_keep_every_bit() -> None:
