@@ -17,6 +17,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, as the server starts its engine
 
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ Cells = Generator[dict[str, Any], None, None]
 ENGINE_CONTEXT: Final = 8448  # longest prompt, 8192, and its output
 ENGINE_LANES: Final = 4096  # 64 adapters of rank 64
 CHURN_LANES: Final = 1024  # 64 of rank 16
+HOST_BYTES: Final = 32 << 30  # of adapters: as many as there are lanes, and some more
 
 
 @dataclass
@@ -66,6 +68,11 @@ class Run:
         """Seconds until the budget is spent."""
         return self.deadline - time.perf_counter()
 
+    @property
+    def http_context(self) -> int:
+        """Tokens of a request to the server, at most."""
+        return min(4096, self.shape.context)
+
     def model(self) -> Path:
         """The folder of the model."""
         return self.shape.write(self.folder / "model")
@@ -89,12 +96,15 @@ def started(run: Run, lanes: int, **options: Any) -> Iterator[tuple[CellRunner, 
             max_lora_rank=64,
             max_model_len=min(ENGINE_CONTEXT, run.shape.context),
             max_num_batched_tokens=min(8192, run.shape.context),
-            host_lora_bytes=48 << 30,
+            host_lora_bytes=1 << 30 if run.is_small else HOST_BYTES,
             **options | small,
         )
     )
     start = {"name": "start", "start_s": time.perf_counter() - began, "load_s": engine.info.load_seconds,
              "bytes_per_s": machine.bytes_per_s, "flops_per_s": machine.flops_per_s}  # fmt: skip
+    for thread in threading.enumerate():
+        if thread.name == "arena":  # locks host memory, which is not what is measured
+            thread.join()
     shelf = AdapterShelf(run.folder / "shelf", Path(engine.config.model), engine.info.lora_sites)
     try:
         yield CellRunner(engine, run.shape, machine, shelf), start
@@ -163,9 +173,11 @@ def peers_part(run: Run) -> Cells:
 
 def _http(run: Run) -> HttpCells:
     small = ["--num-threads", "1", "--kv-cache-bytes", str(32 << 20), "--dtype", "float32"]
-    flags = ["--device", run.device.type, "--max-model-len", str(min(4096, run.shape.context))]
+    flags = ["--device", run.device.type, "--max-model-len", str(run.http_context)]
     flags += ["--no-enable-prefix-caching", *(small if run.is_small else [])]
-    return HttpCells(run.shape, run.model(), run.folder, flags, is_small=run.is_small)
+    return HttpCells(
+        run.shape, run.model(), run.folder, flags, context=run.http_context, is_small=run.is_small
+    )
 
 
 PARTS: Final[dict[str, tuple[str, Callable[[Run], Cells]]]] = {
@@ -224,6 +236,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="another one than the part's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("gpu_engine.py: torch finds no CUDA device here; nothing was measured")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         shape = args.shape or PARTS[args.part][0]

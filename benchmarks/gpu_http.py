@@ -25,8 +25,10 @@ RANK: Final = 16
 class HttpCells:
     """Cells of one model; servers are started once each."""
 
-    def __init__(self, shape: Shape, model: Path, root: Path, flags: list[str], *, is_small: bool) -> None:
-        self._shape, self._root, self._is_small = shape, root, is_small
+    def __init__(
+        self, shape: Shape, model: Path, root: Path, flags: list[str], *, context: int, is_small: bool
+    ) -> None:
+        self._shape, self._root, self._context, self._is_small = shape, root, context, is_small
         self._shelf = AdapterShelf(root / "shelf", model, {})
         self._flags = [str(model), "--served-model-name", "base", "--load-format", "dummy", *flags]
         self._seed = 0
@@ -78,7 +80,7 @@ class HttpCells:
     ) -> tuple[list[Sample], list[float]]:
         """Streams that run for about so long, and loads spread over that time."""
         self._seed += 1
-        load = self._workload(url, ["base"], streams, output_len=self._shape.context - 200)
+        load = self._workload(url, ["base"], streams, output_len=self._context - 200)
         client = bench.Client(load, None)
         tasks = [
             asyncio.create_task(client.send(client.body("base", 128, load.output_len)))
@@ -122,7 +124,7 @@ class HttpCells:
         return {key: value for key, value in run.items() if key.endswith(("_s", "_p50", "_p99"))}
 
     def _prefill(self, url: str, tokens: int) -> dict[str, Any]:
-        load = self._workload(url, ["base"], 1, prefill_len=min(tokens, self._shape.context // 2))
+        load = self._workload(url, ["base"], 1, prefill_len=min(tokens, self._context // 2))
         run: dict[str, Any] = uvloop.run(bench.run(load))["prefill"]
         return {"ttft_ms_p50": run["ttft_ms_p50"], "tok_s": run["prefill_tok_s"], "error": run["first_error"]}
 
