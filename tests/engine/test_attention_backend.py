@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from loramux.engine.attention_backend import make_attention
 from loramux.engine.config import EngineConfig
+from loramux.engine.core import Engine
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import Attention, AttentionShape, TorchAttention
 from loramux.engine.kernels.cpu.backend import CpuAttention
 from loramux.engine.step_buffers import StepLimits
+from loramux.engine.types import Request, TokenSampling
+from tests.tiny_models import make_tiny
 
 LIMITS = StepLimits(max_tokens=8, max_seqs=2, max_blocks=4, block_size=16, num_lanes=0, vocab_size=8)
 SHAPE = AttentionShape(
@@ -68,3 +73,24 @@ def test_steps_in_triton_take_no_other_attention() -> None:
 def test_a_kv_cache_dtype_that_nobody_knows_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="must be one of auto, fp8, fp8_e4m3, got 'fp8_e5m2'"):
         EngineConfig(model="m", kv_cache_dtype="fp8_e5m2")
+
+
+def test_an_8_bit_cache_holds_four_times_the_tokens_of_a_32_bit_one(tmp_path: Path) -> None:
+    folder, blocks = make_tiny("qwen3", tmp_path / "tiny"), []
+    sampling = TokenSampling(temperature=0.0, max_tokens=6)
+    for dtype in ("auto", "fp8"):
+        config = EngineConfig(
+            model=str(folder), dtype="float32", kv_cache_dtype=dtype, kv_cache_bytes=1 << 20
+        )
+        engine = Engine(config)
+        try:
+            engine.add_request(Request(request_id="a", prompt_token_ids=[5, 9, 11] * 9, sampling=sampling))
+            answered = 0
+            while engine.has_work():
+                answered += sum(len(output.token_ids) for output in engine.step())
+            blocks.append(engine.runner.num_kv_blocks)
+        finally:
+            engine.close()
+        assert answered == 6
+
+    assert blocks[1] == 4 * blocks[0]

@@ -15,7 +15,7 @@ import torch
 from loramux.engine.kernels.attention import AttentionShape
 
 NUM_SMS: Final = 132
-MIN_ROWS: Final = 16  # of a matrix product
+MIN_ROWS: Final = 16  # of a matrix product, and columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,8 @@ def tiles_of(shape: AttentionShape) -> AttentionTiles:
 
 
 def padded(head_dim: int) -> int:
-    """The next power of two, which is what a kernel's tile holds."""
-    return 1 << (head_dim - 1).bit_length()
+    """The next power of two that a matrix product takes: what a kernel's tile holds."""
+    return max(MIN_ROWS, 1 << (head_dim - 1).bit_length())
 
 
 def decode_tiles(group: int, head_dim: int, dtype: torch.dtype) -> Tiles:
