@@ -19,6 +19,7 @@ from loramux.engine.errors import InvalidConfig
 FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = torch.finfo(FP8).max  # 448
 MIN_SCALE: Final = 1e-12  # of a row of zeros
+SIZE_MULTIPLE: Final = 16  # of a product's rows and columns
 MIN_CAPABILITY: Final = (8, 9)  # of an NVIDIA GPU with e4m3 arithmetic
 QuantizeRows = Callable[[Tensor], tuple[Tensor, Tensor]]  # see `quantize_rows`
 
@@ -50,7 +51,17 @@ class Fp8Linear:
         weight: [out_features, in_features] bfloat16, both multiples of 16
         bias: [out_features] bfloat16
         quantize: how activations are quantised on this device
+
+        Raises:
+            InvalidConfig: the weight's size is not one that fp8 products take.
         """
+        if any(size % SIZE_MULTIPLE for size in weight.shape):
+            sizes = " x ".join(map(str, weight.shape))
+            raise InvalidConfig(
+                f"--quantization fp8 needs layers whose sizes are multiples of {SIZE_MULTIPLE}; "
+                f"this model has one of {sizes}",
+                param="--quantization",
+            )
         self._quantize = quantize
         quantized, scale = quantize_rows(weight)
         self._weight = quantized.t()  # the product wants it column by column, as it lies

@@ -58,6 +58,11 @@ def test_the_flag_chooses_the_form() -> None:
     assert Linear.can_hold_lanes
 
 
+def test_sizes_that_the_product_does_not_take_are_refused() -> None:
+    with pytest.raises(InvalidConfig, match="multiples of 16; this model has one of 64 x 40"):
+        Fp8Linear(random(64, 40))
+
+
 def test_a_cpu_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="--quantization fp8 needs an NVIDIA GPU"):
         check_fp8(torch.bfloat16, torch.device("cpu"))

@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loramux.engine.adapters.lane_memory import LaneLayout
 from loramux.engine.kernels.gpu.fp8 import quantize_rows
+from loramux.engine.kernels.gpu.parts import GpuParts
+from loramux.engine.kernels.gpu.site_plan import SitePlan, always
+from loramux.engine.kernels.lora import SiteLanes, reference_lora
 from loramux.engine.layers import fp8_linear
 from loramux.engine.layers.fp8_linear import FP8, FP8_MAX, Fp8Linear
+from tests.engine.kernels.gpu.lora_sites import ADAPTERS, make_site, make_step
 
+PLANS = (
+    SitePlan(is_augmented=True, is_fused=True, by_tile=False),  # which needs lanes behind the weight
+    SitePlan(is_augmented=False, is_fused=False, by_tile=True, planes=2),
+)
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
@@ -39,6 +48,22 @@ def test_rows_of_a_wider_tensor() -> None:
 
     assert torch.equal(quantized.float(), quantize_rows(x[:, :64].contiguous())[0].float())
     assert torch.equal(scales, fp8_linear.quantize_rows(x[:, :64])[1])
+
+
+@pytest.mark.parametrize("plan", list(PLANS), ids=str)
+def test_a_site_with_fp8_weights_adds_its_adapters_by_kernels_of_their_own(plan: SitePlan) -> None:
+    lanes = make_site(64, [48, 16, 16], dtype=torch.bfloat16, layout=LaneLayout.JOINED)
+    step = make_step([None, ADAPTERS[1], ADAPTERS[2]], [3, 2, 4])
+    x, linear = random(step.num_tokens, 64), Fp8Linear(random(80, 64), None, quantize_rows)
+    parts = GpuParts(always(plan))
+
+    y = parts.whole(parts.site("qkv", linear, lanes, None)(x, step.lora))
+
+    expected = linear(x).float()
+    exact = SiteLanes(a=lanes.a.float(), b=[b.float() for b in lanes.b], offsets=lanes.offsets)
+    reference_lora(expected, x.float(), exact, step.segments)
+    assert torch.allclose(y.float(), expected, rtol=2**-6, atol=0.05)
+    assert torch.equal(y[:3], linear(x)[:3])
 
 
 @pytest.mark.gpu
