@@ -89,7 +89,7 @@ def _triton(
         _refuse(config, f"it needs a CUDA device, --device is {shape.device.type}")
     if importlib.util.find_spec("triton") is None:
         _refuse(config, "the package triton is not installed")
-    made: Attention = importlib.import_module("loramux.engine.gpu_start").gpu_attention(shape, limits)
+    made: Attention = importlib.import_module("loramux.engine.gpu_start").GpuAttention(shape, limits)
     return made
 
 

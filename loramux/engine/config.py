@@ -35,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: str = "auto"  # auto and safetensors read files; dummy = random weights of the right shapes
     tensor_parallel_size: int = 1  # ranks: processes with a part of the model each, on a device of its own
     quantization: str | None = None  # of the base weights: fp8 = per output channel, with fp8 activations
-    kernels: str = "auto"  # auto | torch | triton
+    kernels: str = "auto"  # auto | torch | triton; auto = triton on a GPU
     attention_backend: str = "auto"  # a key of ATTENTION_BACKENDS, in any case
     kv_cache_dtype: str = "auto"  # auto = the model's; fp8 = fp8_e4m3, with a scale of 1
     max_model_len: int | None = None  # tokens; None = the model's own limit

@@ -1,16 +1,14 @@
-"""The parts of a step that only a GPU has, put together. The one place that imports Triton's kernels.
+"""The parts of a step that only a GPU has, put together; imports Triton's kernels.
 
-They are imported when a GPU is there: Triton is no dependency of an installation without one.
+The runner imports it where a GPU is: Triton is no dependency of an installation without one.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
 
 import torch
 
@@ -27,8 +25,12 @@ from loramux.engine.cuda_graph import (
 )
 from loramux.engine.gpu_input import GpuInputs
 from loramux.engine.gpu_step import GpuSteps
-from loramux.engine.kernels.attention import Attention, AttentionShape, KVCache
+from loramux.engine.kernels.attention import KVCache
+from loramux.engine.kernels.gpu.attention import GpuAttention
 from loramux.engine.kernels.gpu.lora_input import lane_buckets
+from loramux.engine.kernels.gpu.parts import GpuParts
+from loramux.engine.kernels.gpu.sampling import TritonSampler
+from loramux.engine.kernels.gpu.scatter import scatter
 from loramux.engine.layers import device_sampler
 from loramux.engine.layers.device_sampler import DeviceSampler
 from loramux.engine.models.decoder import Decoder
@@ -37,18 +39,11 @@ from loramux.engine.step_buffers import StepLimits
 
 logger = logging.getLogger(__name__)
 
-_KERNELS: Final = "loramux.engine.kernels.gpu"
-Progress = Callable[[int, int], None]
-
-
-def gpu_attention(shape: AttentionShape, limits: StepLimits) -> Any:
-    """The attention in Triton."""
-    return importlib.import_module(f"{_KERNELS}.attention").GpuAttention(shape, limits)
+__all__ = ["GpuAttention", "GpuParts", "lane_transfer", "prepare"]
 
 
 def lane_transfer(pool: LanePool, shard: Shard, *, host_bytes: int, device: torch.device) -> LaneTransfer:
     """How adapters come into lanes."""
-    scatter = importlib.import_module(f"{_KERNELS}.scatter").scatter
     return LaneTransfer(pool, shard, scatter, host_bytes=host_bytes, device=device)
 
 
@@ -57,7 +52,7 @@ class GpuStart:
     """Everything but the KV cache of the steps of one model."""
 
     steps: GpuSteps
-    attention: Attention
+    attention: GpuAttention
     graphs: StepGraphs
     num_layers: int
     device: torch.device
@@ -105,21 +100,15 @@ class GpuStart:
 def prepare(
     config: EngineConfig,
     limits: StepLimits,
-    attention: Any,
+    attention: GpuAttention,
     model: Decoder,
     *,
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> GpuStart:
-    """Put the parts together.
-
-    Args:
-        attention: as `gpu_attention` made it.
-    """
-    draw = importlib.import_module(f"{_KERNELS}.sampling").TritonSampler(
-        limits.max_seqs, limits.vocab_size, device
-    )
+    """Put the parts together."""
+    draw = TritonSampler(limits.max_seqs, limits.vocab_size, device)
     inputs = GpuInputs(
         attention.planner,
         limits,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 from loramux.engine.kernels.attention import Attention, AttentionInput, BatchLayout
 from loramux.engine.kernels.cpu.dtypes import Ints
 from loramux.engine.kernels.cpu.lora import Floats
-from loramux.engine.kernels.lora import GainSegment, Segment, plan_lora
+from loramux.engine.kernels.gpu.lora_input import GpuLoraInput
+from loramux.engine.kernels.lora import GainSegment, LoraInput, Segment, plan_lora
 from loramux.engine.kernels.tables import AdapterTables, TableSegment
 from loramux.engine.step import SampledToken, ScheduledBatch, ScheduledSequence
 
@@ -31,7 +31,7 @@ class ModelInput:
     positions: Tensor  # [num_tokens] int64
     rope_lengths: Tensor | None  # [num_tokens] int64, with dynamic RoPE only
     attention: AttentionInput
-    lora: Any  # `LoraInput`, or what the GPU's kernels read; None if no token has an adapter
+    lora: LoraInput | GpuLoraInput | None
     tables: list[TableSegment]  # tokens whose adapter changes a vocabulary table or has gains
     logits_index: Tensor  # [num_logits] int64: tokens whose logits are wanted
     order: list[ScheduledSequence]  # the sequences in token order

@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from llguidance import LLTokenizer
 
+from loramux.engine.adapters.lane_memory import LaneLayout
 from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.adapters.transfer import LaneTransfer
@@ -68,14 +70,17 @@ class ModelRunner:
             torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
-        self._uses_triton = config.kernels == "triton"
+        self._uses_triton = _uses_triton(config.kernels, self.device)
         runs_ahead = _or_default(config.async_scheduling, self.device.type == "cuda")
         self.runs_ahead = runs_ahead and peers is None  # other ranks are told tokens by the host
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
         if lane_dtype != self.dtype:
             logger.warning("--lora-dtype has no effect: lanes are computed in the model's dtype")
-        self.lanes = LanePool(self._shard.own, config.lane_pool, dtype=self.dtype, device=self.device)
+        layout = _lane_layout(config, uses_triton=self._uses_triton)
+        self.lanes = LanePool(
+            self._shard.own, config.lane_pool, dtype=self.dtype, device=self.device, layout=layout
+        )
         self._transfer = self._open_transfer(config.host_lora_bytes // num_ranks)
         self.tables: dict[str, AdapterTables] = {}  # of the adapters on the device that have some
         has_files = config.load_format != "dummy"
@@ -170,6 +175,7 @@ class ModelRunner:
                 checkpoint,
                 self.lanes,
                 attention,
+                parts=_gpu().GpuParts() if self._uses_triton else None,
                 peers=self._peers,
                 max_len=self.max_model_len,
                 dtype=self.dtype,
@@ -187,8 +193,7 @@ class ModelRunner:
         """How adapters come into lanes by Triton's kernels; None where torch copies them."""
         if not self._uses_triton or self.lanes.num_lanes == 0:
             return None
-        start = importlib.import_module("loramux.engine.gpu_start")
-        transfer: LaneTransfer = start.lane_transfer(
+        transfer: LaneTransfer = _gpu().lane_transfer(
             self.lanes, self._shard, host_bytes=host_bytes, device=self.device
         )
         return transfer
@@ -198,7 +203,7 @@ class ModelRunner:
         vocab_size, num_layers = self.model_config.vocab_size, self.model_config.num_layers
         start = None
         if self._uses_triton:
-            start = importlib.import_module("loramux.engine.gpu_start").prepare(
+            start = _gpu().prepare(
                 config,
                 limits,
                 attention,
@@ -252,6 +257,18 @@ class ModelRunner:
         return plan.num_blocks
 
 
+def _gpu() -> Any:
+    """What only a GPU has; imported where one is, because it needs Triton."""
+    return importlib.import_module("loramux.engine.gpu_start")
+
+
+def _lane_layout(config: EngineConfig, *, uses_triton: bool) -> LaneLayout:
+    """The one that the linear sites read fastest."""
+    if not uses_triton:
+        return LaneLayout.APART
+    return LaneLayout.BEHIND_WEIGHT if config.quantization is None else LaneLayout.JOINED
+
+
 def find_device(name: str) -> torch.device:
     """The device that `--device` means on this machine.
 
@@ -273,6 +290,10 @@ def _dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
     if stored == "float16" and device.type == "cpu":
         return torch.bfloat16  # float16 arithmetic is slow on a CPU
     return _DTYPES[stored]
+
+
+def _uses_triton(wanted: str, device: torch.device) -> bool:
+    return device.type == "cuda" if wanted == "auto" else wanted == "triton"
 
 
 def _or_default(wanted: bool | None, default: bool) -> bool:

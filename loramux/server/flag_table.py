@@ -86,7 +86,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         ),
         Flag("gpu-memory-utilization", "share of the GPU's memory to use", float),
         Flag("scheduling-policy", "fcfs, or priority: requests with the lowest `priority` first"),
-        Flag("kernels", "auto, torch, or triton (on a GPU)"),
+        Flag("kernels", "auto (triton on a GPU), triton, or torch: plain operations, slower"),
         Flag(
             "attention-backend",
             "auto, triton, torch, varlen (FlashAttention through torch) or flashinfer; also by vLLM's names",
