@@ -26,6 +26,13 @@ KV_DTYPE_FLAG: Final = "--kv-cache-dtype"
 FP8_CAPABILITY: Final = (8, 9)  # from which on an NVIDIA GPU converts 8-bit floats
 
 
+def steps_in_triton(config: EngineConfig, device: torch.device) -> bool:
+    """Whether the kernels of a step, attention among them, are in Triton; captured steps need that."""
+    if config.kernels == "auto":
+        return device.type == "cuda" and config.attention in ("auto", "triton")
+    return config.kernels == "triton"
+
+
 def attention_shape(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> AttentionShape:
@@ -70,7 +77,7 @@ def make_attention(
     if backend == "auto":
         backend = "triton" if uses_triton else "cpu" if supports(shape) else "torch"
     elif uses_triton and backend != "triton":
-        _refuse(config, "its steps are not in Triton, give --kernels torch, too")
+        _refuse(config, "it does not go with --kernels triton, leave that at auto")
     if backend == "triton":
         return _triton(config, shape, limits, uses_triton=uses_triton)
     if backend == "varlen":

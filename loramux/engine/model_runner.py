@@ -18,7 +18,7 @@ from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.adapters.transfer import LaneTransfer
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
-from loramux.engine.attention_backend import attention_shape, make_attention
+from loramux.engine.attention_backend import attention_shape, make_attention, steps_in_triton
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import Attention
@@ -70,7 +70,7 @@ class ModelRunner:
             torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
-        self._uses_triton = _uses_triton(config.kernels, self.device)
+        self._uses_triton = steps_in_triton(config, self.device)
         runs_ahead = _or_default(config.async_scheduling, self.device.type == "cuda")
         self.runs_ahead = runs_ahead and peers is None  # other ranks are told tokens by the host
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
@@ -290,10 +290,6 @@ def _dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
     if stored == "float16" and device.type == "cpu":
         return torch.bfloat16  # float16 arithmetic is slow on a CPU
     return _DTYPES[stored]
-
-
-def _uses_triton(wanted: str, device: torch.device) -> bool:
-    return device.type == "cuda" if wanted == "auto" else wanted == "triton"
 
 
 def _or_default(wanted: bool | None, default: bool) -> bool:

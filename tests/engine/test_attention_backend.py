@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramux.engine.attention_backend import make_attention
+from loramux.engine.attention_backend import make_attention, steps_in_triton
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
 from loramux.engine.errors import InvalidConfig
@@ -66,8 +66,25 @@ def test_flash_attention_is_shown_its_way() -> None:
 
 
 def test_steps_in_triton_take_no_other_attention() -> None:
-    with pytest.raises(InvalidConfig, match="give --kernels torch, too"):
+    with pytest.raises(InvalidConfig, match="does not go with --kernels triton"):
         make("torch", uses_triton=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "expected"),
+    [
+        ("cuda", "auto", True),
+        ("cuda", "TRITON_ATTN", True),
+        ("cuda", "flashinfer", False),
+        ("cpu", "auto", False),
+    ],
+)
+def test_steps_are_in_triton_on_a_gpu_unless_the_attention_is_not(
+    device: str, backend: str, *, expected: bool
+) -> None:
+    config = EngineConfig(model="m", attention_backend=backend)
+
+    assert steps_in_triton(config, torch.device(device)) is expected
 
 
 def test_a_kv_cache_dtype_that_nobody_knows_is_refused() -> None:
