@@ -34,6 +34,7 @@ from loramux.engine.kernels.gpu.scatter import scatter
 from loramux.engine.layers import device_sampler
 from loramux.engine.layers.device_sampler import DeviceSampler
 from loramux.engine.models.decoder import Decoder
+from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import Shard
 from loramux.engine.step_buffers import StepLimits
 
@@ -106,6 +107,7 @@ def prepare(
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
+    peers: Peers | None,
 ) -> GpuStart:
     """Put the parts together."""
     draw = TritonSampler(limits.max_seqs, limits.vocab_size, device)
@@ -119,7 +121,17 @@ def prepare(
     recorder: Recorder = CudaRecorder() if device.type == "cuda" else RerunRecorder()
     graphs = StepGraphs(_shapes(config, limits, model), recorder)
     sampler = DeviceSampler(limits, device, draw)
-    steps = GpuSteps(model, inputs, sampler, graphs, limits, dtype=dtype, device=device, seed=config.seed)
+    steps = GpuSteps(
+        model,
+        inputs,
+        sampler,
+        graphs,
+        limits,
+        dtype=dtype,
+        device=device,
+        seed=config.seed,
+        peers=peers,
+    )
     return GpuStart(steps, attention, graphs, num_layers, device)
 
 

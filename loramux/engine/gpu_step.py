@@ -29,6 +29,7 @@ from loramux.engine.layers import device_sampler
 from loramux.engine.layers.device_sampler import DeviceRow, DeviceSampler
 from loramux.engine.layers.sampler import SamplingRow, requested_logprobs
 from loramux.engine.models.decoder import Decoder
+from loramux.engine.parallel.peers import Peers
 from loramux.engine.sequence import Sequence
 from loramux.engine.step import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from loramux.engine.step_buffers import StepLimits
@@ -113,9 +114,11 @@ class GpuSteps:
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
+        peers: Peers | None = None,
     ) -> None:
         """Args:
         graphs: still to be recorded, see `record`.
+        peers: the other ranks, which read the tokens that the first one draws.
         seed: for sequences that bring none.
         """
         self._model = model
@@ -128,6 +131,7 @@ class GpuSteps:
         self._logits = torch.zeros((limits.max_seqs, limits.vocab_size), dtype=dtype, device=device)
         self._last_ids = torch.zeros(limits.max_seqs, dtype=torch.int32, device=device)
         self._last_rows: dict[str, int] = {}  # by request id, of the step launched last
+        self._peers = peers
         self._seeds = Seeds(seed)
         self._grammars = GrammarStep(limits.vocab_size)
 
@@ -187,6 +191,8 @@ class GpuSteps:
                 picked, device_sampler.view(self._inputs.buffers.device, len(rows), drawn.mode)
             )
             self._last_ids[: len(rows)].copy_(ids)
+            if self._peers is not None:
+                self._peers.share(self._last_ids)
         wants = any(item.wants_prompt_logprobs for item in plan.order)
         return GpuRunningStep(
             device=self._device,
@@ -202,9 +208,12 @@ class GpuSteps:
 
     def follow(self, batch: ScheduledBatch, tables: Mapping[str, AdapterTables]) -> None:
         """Compute this rank's part of a step that rank 0 launches; only rank 0 samples."""
-        plan = self._inputs.fill(batch, {}, self._graphs, tables)
+        plan = self._inputs.fill(batch, self._last_rows, self._graphs, tables)
         self._inputs.buffers.upload(plan.rows)
         self._run(plan)
+        self._last_rows = {item.seq.request_id: row for row, (item, _) in enumerate(plan.sampling)}
+        if self._peers is not None and plan.sampling:
+            self._peers.share(self._last_ids)
 
     def reads_output(self, seq: Sequence) -> bool:
         """See `Steps`: tokens are counted on the device, but matched on the host."""

@@ -72,7 +72,8 @@ class ModelRunner:
         check_quantization(config.quantization, self.dtype, self.device)
         self._uses_triton = steps_in_triton(config, self.device)
         runs_ahead = _or_default(config.async_scheduling, self.device.type == "cuda")
-        self.runs_ahead = runs_ahead and peers is None  # other ranks are told tokens by the host
+        # In plain torch other ranks are told tokens by the host, so none may be pending.
+        self.runs_ahead = runs_ahead and (peers is None or self._uses_triton)
         self.max_model_len = _max_model_len(config, self.model_config.derived_max_len)
         lane_dtype = self.dtype if config.lora_dtype == "auto" else _DTYPES[config.lora_dtype]
         if lane_dtype != self.dtype:
@@ -211,6 +212,7 @@ class ModelRunner:
                 num_layers=num_layers,
                 dtype=self.dtype,
                 device=self.device,
+                peers=self._peers,
             )
         self.num_kv_blocks = self._size_kv_cache(config, start.reserves() if start else [])
         caches = [attention.empty_cache(self.num_kv_blocks) for _ in range(num_layers)]

@@ -13,8 +13,10 @@ import msgspec
 from loramux.engine.types import AdapterSpec
 
 ROW = (
+    "handle",  # of the sequence: the same from one step to the next
     "start",  # first token to compute
     "count",  # tokens to compute
+    "num_pending",  # of these, whose ids only the devices know
     "num_prompt",  # tokens of the prompt
     "samples",  # 1 = the step produces a new token
     "wants_prompt_logprobs",  # 1 = the logits of every token are wanted
@@ -29,7 +31,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """One batch, sequence by sequence; arrays as the bytes of int64."""
 
     rows: bytes  # [num_seqs, len(ROW)]
-    token_ids: bytes  # to compute, of all sequences
+    token_ids: bytes  # to compute, of all sequences; without the pending ones
     block_ids: bytes  # of all sequences
     tables: list[str | None]  # one a sequence: its adapter's digest, if that has tables on the device
 

@@ -5,7 +5,6 @@ It lives in the engine's process, beside the scheduler, and is the only rank tha
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,13 +23,11 @@ from loramux.engine.models.families import load_model_config
 from loramux.engine.parallel import commands
 from loramux.engine.parallel.commands import Answer, Command, Done
 from loramux.engine.parallel.crew import Crew
-from loramux.engine.parallel.mirror import encode_step
+from loramux.engine.parallel.mirror import StepEncoder
 from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import FLAG, shard_model
 from loramux.engine.step import RunningStep, ScheduledBatch, StepResult
 from loramux.engine.types import AdapterSpec
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -76,14 +73,13 @@ class LeadingRunner(ModelRunner):
             EngineDead: a rank ended while it was starting.
         """
         num_ranks = config.tensor_parallel_size
-        if config.async_scheduling:
-            logger.warning("--async-scheduling has no effect with %s", FLAG)
         shard_model(load_model_config(Path(config.model)), 0, num_ranks)  # refuse before anything starts
         device = find_device(config.device)
         if device.type == "cuda" and torch.cuda.device_count() < num_ranks:
             raise InvalidConfig(
                 f"{FLAG} {num_ranks}: this machine has {torch.cuda.device_count()} CUDA devices", param=FLAG
             )
+        self._encoder = StepEncoder()
         self._is_gpu = device.type == "cuda"
         self._ranks: Peers | None = None
         self._crew = Crew(config, device, partial(self._abandon, on_lost))
@@ -136,7 +132,7 @@ class LeadingRunner(ModelRunner):
             EngineDead: another rank is gone.
         """
         with self._crew.blamed():
-            self._crew.tell(encode_step(batch, self.tables))
+            self._crew.tell(self._encoder.encode(batch, self.tables))
             return _SharedStep(super().launch(batch, tokenizer), self._crew)
 
     def close(self) -> None:

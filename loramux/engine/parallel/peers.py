@@ -54,6 +54,13 @@ class Peers:
         _wait(self._group._allgather_base(out, x.contiguous(), options))
         return out.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, self.size * width)
 
+    def share(self, x: Tensor) -> None:
+        """Rank 0's x on every rank, in place; x is contiguous and as large on every rank."""
+        options = _c10d().BroadcastOptions()
+        options.rootRank = 0
+        options.asyncOp = False
+        _wait(self._group.broadcast([x], options))
+
     def smallest(self, value: int) -> int:
         """The least of all ranks' values."""
         own = torch.tensor([value], dtype=torch.int64, device=self._device)

@@ -15,7 +15,7 @@ from loramux.engine.kernels.lora import OutputGain
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.model_input import InputBuilder
 from loramux.engine.parallel import commands
-from loramux.engine.parallel.mirror import decode_step, encode_step
+from loramux.engine.parallel.mirror import StepEncoder, decode_step
 from loramux.engine.sequence import Sequence
 from loramux.engine.step import ScheduledBatch, ScheduledSequence
 from loramux.engine.types import Request, TokenSampling
@@ -87,7 +87,7 @@ def test_both_sides_build_the_same_input(batch: ScheduledBatch) -> None:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    sent = commands.decode_command(commands.encode(encode_step(batch, TABLES)))
+    sent = commands.decode_command(commands.encode(StepEncoder().encode(batch, TABLES)))
     assert isinstance(sent, commands.Step)
 
     here, there = builder.build(batch, TABLES), builder.build(decode_step(sent), TABLES)
@@ -99,11 +99,37 @@ def test_both_sides_build_the_same_input(batch: ScheduledBatch) -> None:
 def test_a_long_context_does_not_travel(batch: ScheduledBatch) -> None:
     batch.sequences[2].seq.token_ids[:0] = range(100_000)
 
-    assert len(encode_step(batch, TABLES).token_ids) == 8 * (16 + 10 + 1)
+    assert len(StepEncoder().encode(batch, TABLES).token_ids) == 8 * (16 + 10 + 1)
+
+
+def test_a_pending_token_is_found_by_its_sequences_handle(batch: ScheduledBatch) -> None:
+    encoder = StepEncoder()
+    first = decode_step(encoder.encode(batch, TABLES)).sequences
+    middle, ending, decoding = batch.sequences
+    for item in (ending, decoding):
+        item.seq.num_pending = 1
+    following = ScheduledBatch(
+        [
+            ScheduledSequence(decoding.seq, 8, 1),
+            ScheduledSequence(sequence(3, [2], "aaa"), 0, 3),
+            ScheduledSequence(ending.seq, 30, 1),
+        ]
+    )
+
+    then = decode_step(encoder.encode(following, TABLES)).sequences
+
+    assert [item.num_pending for item in then] == [1, 0, 1]
+    assert [then[0].seq.request_id, then[2].seq.request_id] == [
+        first[2].seq.request_id,
+        first[1].seq.request_id,
+    ]
+    assert then[1].seq.request_id not in {item.seq.request_id for item in first}
+    assert then[1].seq.token_ids[0:3] == [100, 101, 102]
+    assert middle not in following.sequences
 
 
 def test_only_adapters_with_tables_are_named(batch: ScheduledBatch) -> None:
-    assert encode_step(batch, TABLES).tables == [None, "bbb", None]
+    assert StepEncoder().encode(batch, TABLES).tables == [None, "bbb", None]
 
 
 def test_every_command_survives_the_way() -> None:
