@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 from gpu_machine import busy_share, host_s
@@ -124,12 +124,13 @@ class CellRunner:
 
     def churn(self, adapters: list[str], streams: int, seconds: float, *, zipf: bool) -> dict[str, Any]:
         """Short requests, always as many as streams, whose adapters are drawn; tokens a second."""
-        weights = [1 / (i + 1) if zipf else 1.0 for i in range(len(adapters))]
+        weights = list(accumulate(1 / (i + 1) if zipf else 1.0 for i in range(len(adapters))))
         began, until, tokens, sent = time.perf_counter(), time.perf_counter() + seconds, 0, 0
         running = 0
         while time.perf_counter() < until:
             while running < streams:
-                self._submit(128, 64, self._rng.choices(adapters, weights)[0])
+                adapter = self._rng.choices(adapters, cum_weights=weights)[0]
+                self.engine.add_request(self._request(128, 64, adapter))
                 running, sent = running + 1, sent + 1
             for out in self.engine.step():
                 tokens += len(out.token_ids)
@@ -143,8 +144,9 @@ class CellRunner:
 
     def first_token_s(self, tokens: int, adapter: str | None) -> float:
         """Seconds from a request to its only token."""
+        request = self._request(tokens, 1, adapter)
         began = time.perf_counter()
-        self._submit(tokens, 1, adapter)
+        self.engine.add_request(request)
         while self.engine.has_work():
             if self.engine.step():
                 return time.perf_counter() - began
@@ -173,7 +175,7 @@ class CellRunner:
         return times
 
     def _figures(self, cell: Cell, times: list[float]) -> dict[str, Any]:
-        gaps = [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
+        gaps = [(b - a) * 1e3 for a, b in pairwise(times)]
         step_s = (times[-1] - times[0]) / len(gaps)
         floor = self.machine.decode_s(self.shape, cell.rows, cell.context, [cell.rank] * cell.adapters)
         return {
@@ -214,12 +216,9 @@ class CellRunner:
             self.engine.step()
         self.engine.step()
 
-    def _submit(self, tokens: int, outputs: int, adapter: str | None) -> None:
-        self.engine.add_request(self._request(tokens, outputs, adapter))
-
     def _request(self, tokens: int, outputs: int, adapter: str | None, sampled: str = "greedy") -> Request:
         self._number += 1
-        ids = [self._rng.randrange(3, self.shape.vocab) for _ in range(tokens)]
+        ids = self._rng.choices(range(3, self.shape.vocab), k=tokens)
         sampling = TokenSampling(max_tokens=outputs, **SAMPLING[sampled])
         return Request(
             request_id=f"r{self._number}", prompt_token_ids=ids, sampling=sampling, adapter=adapter
