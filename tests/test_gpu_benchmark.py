@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,14 @@ def test_goals_are_reached_missed_or_not_measured(goals: ModuleType) -> None:
 def test_every_goal_of_a_gpu_run_has_a_name_of_its_own(goals: ModuleType) -> None:
     assert len({goal.text for goal in goals.GOALS}) == len(goals.GOALS)
     assert {goal.number for goal in goals.GOALS} == {f"G{i}" for i in (1, 2, 3, *range(5, 15))}
+
+
+def test_the_parts_of_an_adapter_s_way_are_measured(tmp_path: Path) -> None:
+    script = [sys.executable, str(FOLDER / "gpu_transfer.py"), "--shape", "tiny", "--device", "cpu"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+
+    subprocess.run([*script, "--out", str(tmp_path)], env=environment, check=True, timeout=120)
+
+    rows = json.loads((tmp_path / "transfer-tiny.json").read_text())["rows"]
+    assert [row["rank"] for row in rows] == [8, 16, 64]
+    assert all(row[f"{part}_ms"] > 0 for row in rows for part in ("read", "copy", "write", "by_the_host"))
