@@ -24,7 +24,7 @@ from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import Attention
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
-from loramux.engine.layers.linear import check_quantization
+from loramux.engine.layers.linear import can_hold_lanes, check_quantization
 from loramux.engine.memory_profile import gpu_budget
 from loramux.engine.model_input import InputBuilder
 from loramux.engine.models.decoder import Decoder
@@ -268,7 +268,7 @@ def _lane_layout(config: EngineConfig, *, uses_triton: bool) -> LaneLayout:
     """The one that the linear sites read fastest."""
     if not uses_triton:
         return LaneLayout.APART
-    return LaneLayout.BEHIND_WEIGHT if config.quantization is None else LaneLayout.JOINED
+    return LaneLayout.BEHIND_WEIGHT if can_hold_lanes(config.quantization) else LaneLayout.JOINED
 
 
 def find_device(name: str) -> torch.device:
