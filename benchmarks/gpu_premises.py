@@ -20,7 +20,7 @@ from gpu_chain import Chain, Load, seconds_of, sites_of
 from gpu_shapes import Shape
 from torch.nn import functional
 
-from loramux.engine.kernels.gpu.site_plan import SitePlan, always
+from loramux.engine.kernels.gpu.site_plan import Shrink, SitePlan, always
 
 Rows = Iterator[dict[str, Any]]
 POOL: Final = 2048  # lanes
@@ -28,15 +28,17 @@ BOUNDARIES: Final = 256  # kernels in a row
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens of decode steps
 PROMPTS: Final = (256, 1024, 4096)
 PLANS: Final = {
-    "augmented, fused": SitePlan(is_augmented=True, is_fused=True, by_tile=False),
-    "augmented, fused by tile": SitePlan(is_augmented=True, is_fused=True, by_tile=True),
-    "augmented, expand": SitePlan(is_augmented=True, is_fused=False, by_tile=False),
-    "augmented, expand by tile": SitePlan(is_augmented=True, is_fused=False, by_tile=True),
-    "shrink in 8, fused": SitePlan(is_augmented=False, is_fused=True, by_tile=False, planes=8),
-    "shrink in 4, fused by tile": SitePlan(is_augmented=False, is_fused=True, by_tile=True, planes=4),
-    "shrink, fused by tile": SitePlan(is_augmented=False, is_fused=True, by_tile=True),
-    "shrink in 4, expand by tile": SitePlan(is_augmented=False, is_fused=False, by_tile=True, planes=4),
-    "shrink, expand by tile": SitePlan(is_augmented=False, is_fused=False, by_tile=True),
+    "augmented, fused": SitePlan(shrink=Shrink.AUGMENTED, is_fused=True, by_tile=False),
+    "augmented, fused by tile": SitePlan(shrink=Shrink.AUGMENTED, is_fused=True, by_tile=True),
+    "augmented, expand": SitePlan(shrink=Shrink.AUGMENTED, is_fused=False, by_tile=False),
+    "augmented, expand by tile": SitePlan(shrink=Shrink.AUGMENTED, is_fused=False, by_tile=True),
+    "product, fused": SitePlan(shrink=Shrink.PRODUCT, is_fused=True, by_tile=False),
+    "product, expand by tile": SitePlan(shrink=Shrink.PRODUCT, is_fused=False, by_tile=True),
+    "shrink in 8, fused": SitePlan(shrink=Shrink.TILES, is_fused=True, by_tile=False, planes=8),
+    "shrink in 4, fused by tile": SitePlan(shrink=Shrink.TILES, is_fused=True, by_tile=True, planes=4),
+    "shrink, fused by tile": SitePlan(shrink=Shrink.TILES, is_fused=True, by_tile=True),
+    "shrink in 4, expand by tile": SitePlan(shrink=Shrink.TILES, is_fused=False, by_tile=True, planes=4),
+    "shrink, expand by tile": SitePlan(shrink=Shrink.TILES, is_fused=False, by_tile=True),
 }
 
 
@@ -127,7 +129,7 @@ def plans(shape: Shape, device: torch.device) -> Rows:
 
 def _is_sensible(plan: SitePlan, tokens: int) -> bool:
     if tokens > 128:
-        return plan.by_tile and not plan.is_augmented
+        return plan.by_tile and plan.shrink is Shrink.TILES
     return tokens <= 64 or plan.by_tile
 
 
@@ -151,7 +153,7 @@ def write_plans(found: list[dict[str, Any]], path: Path) -> None:
 
 def _entry(plan: SitePlan) -> dict[str, Any]:
     return {
-        "shrink": "augmented" if plan.is_augmented else "separate",
+        "shrink": plan.shrink.value,
         "expand": "fused" if plan.is_fused else "separate",
         "by_tile": plan.by_tile,
         "planes": plan.planes,

@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from gpu_shapes import SHAPES, Shape
 
-from loramux.engine.kernels.gpu.site_plan import SitePlan, always, read_plans
+from loramux.engine.kernels.gpu.site_plan import Shrink, SitePlan, always, read_plans
 from loramux.engine.kernels.gpu.tiles import TABLE, Rule, Tile, forced, read_rules
 
 POOL: Final = 1024  # lanes
@@ -71,7 +71,7 @@ def key_of(kernel: str, shape: Shape, site: Any) -> tuple[int, int]:
 def plan_for(kernel: str, site: str, tokens: int, num_lanes: int) -> SitePlan | None:
     """The plan in which a site runs this kernel; None where it does not."""
     plan = read_plans().plan(site, tokens, num_lanes, tokens <= 128)
-    runs = {"shrink": not plan.is_augmented, "expand": not plan.is_fused}
+    runs = {"shrink": plan.shrink is Shrink.TILES, "expand": not plan.is_fused}
     runs["norm"] = num_lanes == 0 or (plan.is_fused and not plan.by_tile)
     return plan if runs.get(kernel, True) and (num_lanes or kernel not in ("shrink", "expand")) else None
 

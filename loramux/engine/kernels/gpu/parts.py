@@ -15,7 +15,7 @@ from loramux.engine.kernels.gpu.lora import expanded, shrink
 from loramux.engine.kernels.gpu.lora_input import GpuLoraInput
 from loramux.engine.kernels.gpu.norm import rms_norm
 from loramux.engine.kernels.gpu.site_output import Pending, SiteOutput
-from loramux.engine.kernels.gpu.site_plan import PlanTable, read_plans
+from loramux.engine.kernels.gpu.site_plan import PlanTable, Shrink, read_plans
 from loramux.engine.kernels.lora import SiteLanes, scale_output
 from loramux.engine.layers.linear import BaseLinear, Linear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
@@ -83,7 +83,7 @@ class GpuSite:
             return SiteOutput(self._sum(out), out.shape[1])
         plan = self._plans.plan(self._name, lora.num_tokens, lora.num_lanes, lora.decode_only)
         width = lanes.offsets[-1]
-        is_augmented = plan.is_augmented and lanes.weight is not None
+        is_augmented = plan.shrink is Shrink.AUGMENTED and lanes.weight is not None
         if is_augmented:
             assert lanes.weight is not None
             rows = lanes.product_rows(lora.num_lanes)
@@ -92,7 +92,10 @@ class GpuSite:
             shrunk = out[None, :, width:]
         else:
             out = self._linear(x)
-            shrunk = shrink(x, lanes, lora, plan.planes)
+            if plan.shrink is Shrink.TILES:
+                shrunk = shrink(x, lanes, lora, plan.planes)
+            else:
+                shrunk = functional.linear(x, lanes.a[: lora.num_lanes].flatten(0, 1))[None]
         for g in lora.gains:
             if (own := g.gains.get(lanes.index)) is not None:
                 scale_output(out[g.begin : g.end, :width], own)

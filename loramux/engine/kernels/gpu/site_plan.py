@@ -3,13 +3,14 @@
 `site_plans_h200.json` holds rules in order of preference; the first that fits decides. What there is to
 choose:
 
-    shrink  augmented   rows of the product with [weight; lanes in use]: no launch, but every lane in
-                        use is read by every token
-            separate    a kernel of its own, over tiles of one adapter at its true rank
+    shrink  augmented   more rows of the base product, [weight; lanes in use]: no launch, but every
+                        token is multiplied with every lane in use
+            product     the same as a product of its own; also where a weight has no room for lanes
+            tiles       a kernel over tiles of one adapter's tokens, at its true rank
     expand  fused       by the kernel that reads the site's output
             separate    a kernel of its own, in place
     by tile             an expand takes tiles of one adapter's tokens; otherwise each token by itself
-    planes              ranges of input features that a separate shrink computes at the same time
+    planes              ranges of input features that a shrink in tiles computes at the same time
 
 No Triton here.
 """
@@ -18,18 +19,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
 TABLE: Final = Path(__file__).with_name("site_plans_h200.json")
 
 
+class Shrink(Enum):
+    """Who computes it, see the module."""
+
+    AUGMENTED = "augmented"
+    PRODUCT = "product"
+    TILES = "tiles"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SitePlan:
     """See the module."""
 
-    is_augmented: bool
-    is_fused: bool
+    shrink: Shrink
+    is_fused: bool  # the expand
     by_tile: bool
     planes: int = 1
 
@@ -96,7 +106,7 @@ def _rule(entry: dict[str, Any]) -> PlanRule:
         max_lanes=entry.get("max_lanes"),
         decode_only=entry.get("decode_only"),
         plan=SitePlan(
-            is_augmented=entry["shrink"] == "augmented",
+            shrink=Shrink(entry["shrink"]),
             is_fused=entry["expand"] == "fused",
             by_tile=entry["by_tile"],
             planes=entry.get("planes", 1),

@@ -8,15 +8,15 @@ import torch
 from loramux.engine.adapters.lane_memory import LaneLayout
 from loramux.engine.kernels.gpu.fp8 import quantize_rows
 from loramux.engine.kernels.gpu.parts import GpuParts
-from loramux.engine.kernels.gpu.site_plan import SitePlan, always
+from loramux.engine.kernels.gpu.site_plan import Shrink, SitePlan, always
 from loramux.engine.kernels.lora import SiteLanes, reference_lora
 from loramux.engine.layers import fp8_linear
 from loramux.engine.layers.fp8_linear import FP8, FP8_MAX, Fp8Linear
 from tests.engine.kernels.gpu.lora_sites import ADAPTERS, make_site, make_step
 
 PLANS = (
-    SitePlan(is_augmented=True, is_fused=True, by_tile=False),  # which needs lanes behind the weight
-    SitePlan(is_augmented=False, is_fused=False, by_tile=True, planes=2),
+    SitePlan(shrink=Shrink.AUGMENTED, is_fused=True, by_tile=False),  # which needs lanes behind the weight
+    SitePlan(shrink=Shrink.TILES, is_fused=False, by_tile=True, planes=2),
 )
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")

@@ -27,7 +27,7 @@ from loramux.engine.kernels.gpu import lora_input
 from loramux.engine.kernels.gpu.lora_input import GpuLoraInput
 from loramux.engine.kernels.gpu.parts import GpuParts
 from loramux.engine.kernels.gpu.qkv import store_qkv
-from loramux.engine.kernels.gpu.site_plan import PlanTable, SitePlan, always, read_plans
+from loramux.engine.kernels.gpu.site_plan import PlanTable, Shrink, SitePlan, always, read_plans
 from loramux.engine.kernels.lora import GainSegment, LoraInput, OutputGain, Segment, plan_lora
 from loramux.engine.layers.norm import RMSNorm
 from loramux.engine.layers.parts import Parts, TorchParts
@@ -56,10 +56,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 PLANS = {
-    "augmented, fused": SitePlan(is_augmented=True, is_fused=True, by_tile=False),
-    "augmented, separate expand": SitePlan(is_augmented=True, is_fused=False, by_tile=True),
-    "separate, in planes": SitePlan(is_augmented=False, is_fused=True, by_tile=False, planes=2),
-    "grouped": SitePlan(is_augmented=False, is_fused=True, by_tile=True),
+    "augmented, fused": SitePlan(shrink=Shrink.AUGMENTED, is_fused=True, by_tile=False),
+    "augmented, separate expand": SitePlan(shrink=Shrink.AUGMENTED, is_fused=False, by_tile=True),
+    "a product of its own": SitePlan(shrink=Shrink.PRODUCT, is_fused=True, by_tile=False),
+    "tiles, in planes": SitePlan(shrink=Shrink.TILES, is_fused=True, by_tile=False, planes=2),
+    "tiles": SitePlan(shrink=Shrink.TILES, is_fused=True, by_tile=True),
 }
 
 
@@ -235,7 +236,7 @@ def test_plain_torch_takes_lanes_behind_the_weight(llama: Path) -> None:
     _assert_same_steps(plain, behind)
 
 
-@pytest.mark.parametrize("plan", ["augmented, fused", "grouped"])
+@pytest.mark.parametrize("plan", ["augmented, fused", "tiles"])
 def test_gains_of_dora_adapters(plan: str, llama: Path) -> None:
     config = load_model_config(llama)
     gains = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux.engine.kernels.gpu.site_plan import read_plans
+from loramux.engine.kernels.gpu.site_plan import Shrink, read_plans
 from loramux.engine.kernels.gpu.tiles import Tile, forced, read_rules, tile
 
 SITES = ("qkv", "attn_out", "mlp_in", "mlp_out")
@@ -21,13 +21,15 @@ def test_every_step_has_a_plan(site: str) -> None:
     plans = read_plans()
     for tokens, lanes, decode_only in product(TOKENS, LANES, (False, True)):
         plan = plans.plan(site, tokens, lanes, decode_only)
-        assert not plan.is_augmented or plan.planes == 1, "a product has its shrink in one plane"
-        assert not (plan.is_augmented and tokens > 128), "each token would be multiplied with every lane"
+        assert plan.shrink is Shrink.TILES or plan.planes == 1, "a product has its shrink in one plane"
+        assert not (plan.shrink is not Shrink.TILES and tokens > 128), (
+            "each token would be multiplied with every lane"
+        )
         assert plan.by_tile or tokens <= 32, "each token would read its lanes by itself"
 
 
 def test_the_first_plan_that_fits_decides(tmp_path: Path) -> None:
-    anywhere = {"shrink": "separate", "expand": "separate", "by_tile": True}
+    anywhere = {"shrink": "tiles", "expand": "separate", "by_tile": True}
     first = {"sites": ["qkv"], "max_tokens": 8, "max_lanes": 64, "decode_only": True}
     path = tmp_path / "plans.json"
     path.write_text(
@@ -35,9 +37,9 @@ def test_the_first_plan_that_fits_decides(tmp_path: Path) -> None:
     )
     plans = read_plans(path)
 
-    assert plans.plan("qkv", 8, 64, True).is_augmented
+    assert plans.plan("qkv", 8, 64, True).shrink is Shrink.AUGMENTED
     for other in (("mlp_in", 8, 64, True), ("qkv", 9, 64, True), ("qkv", 8, 65, True), ("qkv", 8, 64, False)):
-        assert not plans.plan(*other).is_augmented
+        assert plans.plan(*other).shrink is Shrink.TILES
 
 
 def test_every_launch_has_a_tile() -> None:

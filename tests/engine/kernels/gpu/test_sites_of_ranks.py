@@ -12,7 +12,7 @@ from torch import Tensor
 from loramux.engine.kernels.gpu.lora import expanded
 from loramux.engine.kernels.gpu.parts import GpuSite
 from loramux.engine.kernels.gpu.site_output import SiteOutput
-from loramux.engine.kernels.gpu.site_plan import SitePlan, always
+from loramux.engine.kernels.gpu.site_plan import Shrink, SitePlan, always
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.layers.linear import Linear
 from loramux.engine.parallel.peers import Peers
@@ -21,8 +21,8 @@ from tests.engine.kernels.gpu.lora_sites import DECODE, make_site, make_step, re
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs two devices of the kind it runs on")
 
 RANKS, IN, OUT = 2, 32, 24
-FUSED = SitePlan(is_augmented=True, is_fused=True, by_tile=False)
-APART = SitePlan(is_augmented=False, is_fused=False, by_tile=False)
+FUSED = SitePlan(shrink=Shrink.AUGMENTED, is_fused=True, by_tile=False)
+APART = SitePlan(shrink=Shrink.TILES, is_fused=False, by_tile=False)
 
 
 def columns(x: Tensor, rank: int) -> Tensor:

@@ -15,7 +15,7 @@ from loramux.engine.kernels.gpu.lora import expanded
 from loramux.engine.kernels.gpu.norm import rms_norm
 from loramux.engine.kernels.gpu.parts import GpuSite
 from loramux.engine.kernels.gpu.site_output import SiteOutput
-from loramux.engine.kernels.gpu.site_plan import SitePlan, always, read_plans
+from loramux.engine.kernels.gpu.site_plan import Shrink, SitePlan, always, read_plans
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.layers.linear import Linear
 from tests.engine.kernels.gpu.lora_sites import ADAPTERS, Step, make_site, make_step
@@ -39,11 +39,12 @@ STEPS: dict[str, tuple[list[LaneSpan | None], list[int], int]] = {
     "long prompts": ([ADAPTERS[3], None, ADAPTERS[2]], [3000, 100, 1500], 0),
 }
 PLANS = {
-    "augmented": SitePlan(is_augmented=True, is_fused=True, by_tile=False),
-    "augmented, by tile": SitePlan(is_augmented=True, is_fused=True, by_tile=True),
-    "in planes": SitePlan(is_augmented=False, is_fused=True, by_tile=False, planes=8),
-    "in planes, by tile": SitePlan(is_augmented=False, is_fused=True, by_tile=True, planes=4),
-    "separate": SitePlan(is_augmented=False, is_fused=False, by_tile=True),
+    "augmented": SitePlan(shrink=Shrink.AUGMENTED, is_fused=True, by_tile=False),
+    "augmented, by tile": SitePlan(shrink=Shrink.AUGMENTED, is_fused=True, by_tile=True),
+    "a product of its own": SitePlan(shrink=Shrink.PRODUCT, is_fused=False, by_tile=True),
+    "in planes": SitePlan(shrink=Shrink.TILES, is_fused=True, by_tile=False, planes=8),
+    "in planes, by tile": SitePlan(shrink=Shrink.TILES, is_fused=True, by_tile=True, planes=4),
+    "separate": SitePlan(shrink=Shrink.TILES, is_fused=False, by_tile=True),
 }
 
 
