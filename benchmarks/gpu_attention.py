@@ -166,7 +166,7 @@ class Bench:
     def _layers(self, work: Work) -> int:
         s = self.shape
         one = 2 * sum(sum(pair) for pair in work) * s.num_kv_heads * s.head_dim * s.cache_dtype.itemsize
-        return 1 if self.device.type == "cpu" else max(2, min(32, BEYOND_CACHE // one))
+        return 1 if self.device.type == "cpu" else max(2, min(512, BEYOND_CACHE // one))
 
     def _fill(self, cache: KVCache) -> KVCache:
         for own in (cache.k, cache.v):
