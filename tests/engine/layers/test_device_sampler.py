@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from loramux.engine.kernels.sampling import DRAW, FULL, GREEDY, gumbel_noise, kept_tokens
+from loramux.engine.kernels.sampling import DRAW, FULL, GREEDY, draw_tokens, gumbel_noise, kept_tokens
 from loramux.engine.layers import device_sampler
-from loramux.engine.layers.device_sampler import DeviceRow, DeviceSampler, needs_tokens
+from loramux.engine.layers.device_sampler import DeviceRow, DeviceSampler, DrawTokens, needs_tokens
 from loramux.engine.layers.sampler import SamplingRow, TokenMask, sample
 from loramux.engine.step_buffers import StepBuffers, StepLimits
 from loramux.engine.types import GrammarSpec, TokenSampling
@@ -23,24 +23,36 @@ CPU = torch.device("cpu")
 class Stepper:
     """A sampler with its step buffer."""
 
-    def __init__(self, vocab_size: int = VOCAB, max_seqs: int = ROWS) -> None:
+    def __init__(
+        self,
+        vocab_size: int = VOCAB,
+        max_seqs: int = ROWS,
+        device: torch.device = CPU,
+        draw: DrawTokens = draw_tokens,
+    ) -> None:
         limits = StepLimits(
             max_tokens=8, max_seqs=max_seqs, max_blocks=1, block_size=16, num_lanes=0, vocab_size=vocab_size
         )
-        self.sampler = DeviceSampler(limits, CPU)
-        self.buffers = StepBuffers(device_sampler.fields(limits), CPU)
+        self.sampler = DeviceSampler(limits, device, draw)
+        self.buffers = StepBuffers(device_sampler.fields(limits), device)
         self.mode = -1
         self.impossible: list[int] = []
 
     def __call__(
         self, logits: torch.Tensor, rows: list[DeviceRow], forbidden: dict[int, Any] | None = None
     ) -> list[int]:
+        return self.launch(logits, rows, forbidden).tolist()
+
+    def launch(
+        self, logits: torch.Tensor, rows: list[DeviceRow], forbidden: dict[int, Any] | None = None
+    ) -> torch.Tensor:
+        """The ids on the device; waits for nothing there."""
         plan = self.sampler.fill(self.buffers.next_slot(), rows, num_rows=len(logits))
         self.buffers.upload()
         self.impossible = self.sampler.send_masks(plan, forbidden or {})
         self.mode = plan.mode
         inputs = device_sampler.view(self.buffers.device, len(logits), plan.mode)
-        return self.sampler.sample(logits, inputs).tolist()
+        return self.sampler.sample(logits, inputs)
 
 
 def row(name: str, tokens: list[int], num_prompt: int = 1, seed: int = 1, **fields: Any) -> DeviceRow:
@@ -73,21 +85,25 @@ EDITS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_greedy_rows_get_the_tokens_of_the_cpu_sampler_step_by_step() -> None:
-    stepper = Stepper(max_seqs=len(EDITS))
+def follow_the_cpu_sampler(stepper: Stepper, turns: int, device: torch.device = CPU) -> None:
+    """Greedy rows of every kind get the tokens of the CPU's sampler, step by step."""
     tokens = {name: [4, 9, 9, 2, 50] for name in EDITS}
     params = {name: TokenSampling(max_tokens=99, temperature=0.0, **fields) for name, fields in EDITS.items()}
-    for turn in range(12):
+    for turn in range(turns):
         rows = [DeviceRow(n, params[n], 0, tokens[n], 4, len(tokens[n]) - 4) for n in EDITS]
         logits = random_logits(len(rows), turn)
         if turn % 3 == 1:
             rows, logits = rows[::-2], logits.flip(0)[::2]  # some wait, and the order changes
 
-        found = stepper(logits, rows)
+        found = stepper(logits.to(device), rows)
 
         assert found == sample(logits, on_cpu(rows)).token_ids
         for one, token in zip(rows, found, strict=True):
             tokens[one.request_id] = [*tokens[one.request_id], token]
+
+
+def test_greedy_rows_get_the_tokens_of_the_cpu_sampler_step_by_step() -> None:
+    follow_the_cpu_sampler(Stepper(max_seqs=len(EDITS)), 12)
 
 
 def test_a_request_that_lost_its_slot_is_counted_again() -> None:

@@ -25,8 +25,9 @@ from loramux.engine.kernels.sampling import (
     SamplerTables,
     draw_tokens,
 )
+from tests.engine.layers.test_device_sampler import CPU, EDITS, VOCAB, Stepper, follow_the_cpu_sampler
+from tests.engine.layers.test_device_sampler import row as request
 
-CPU = torch.device("cpu")
 EVERYTHING = DRAWN | FILTERED | PENALISED | BIASED | MASKED
 
 
@@ -189,6 +190,41 @@ def test_all_filters_and_edits_in_one_batch() -> None:
     ]
 
     Step.of([*rows, {}, {"flags": DRAWN}, {"flags": PENALISED}], 333).check()
+
+
+def test_counts_biases_and_masks_follow_requests_through_steps() -> None:
+    kernels = TritonSampler(len(EDITS), VOCAB, CPU, chunk=32, filter_block=32, list_size=16)
+
+    follow_the_cpu_sampler(Stepper(max_seqs=len(EDITS), draw=kernels), 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_requests_are_followed_on_the_device() -> None:
+    device = torch.device("cuda")
+    kernels = TritonSampler(len(EDITS), VOCAB, device)
+
+    follow_the_cpu_sampler(Stepper(max_seqs=len(EDITS), device=device, draw=kernels), 12, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_waits_for_nothing_on_the_device() -> None:
+    device = torch.device("cuda")
+    stepper = Stepper(128256, 4, device, TritonSampler(4, 128256, device))
+    fields: dict[str, Any] = {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "logit_bias": {5: 1.0}}
+    rows = [request(str(i), [1, 2, 3], seed=i, **fields) for i in range(4)]
+    logits = torch.randn((4, 128256), dtype=torch.bfloat16, device=device)
+    expected = stepper(logits, rows)  # compiles; memory is found
+    stepper(logits, [request(f"other {i}", [1, 2, 3], seed=i, **fields) for i in range(4)])
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = stepper.launch(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert found.tolist() == expected
 
 
 @pytest.mark.gpu
