@@ -28,6 +28,10 @@ def attention_case(
     name: str, heads: tuple[int, int, int], tiles: Tiles, cache: str = "*bf16", window: int = 0
 ) -> CompileCase:
     num_heads, num_kv_heads, head_dim = heads
+    row = padded(head_dim)
+    keys = 2 * tiles.block_n * row * (1 if "fp8" in cache else 2)  # bytes of a tile of keys and values
+    is_wgmma = tiles.block_m >= 64  # reads its operands from shared memory, so queries and one tile more
+    least = tiles.num_stages * keys + tiles.block_m * row * 2 if is_wgmma else (tiles.num_stages - 1) * keys
     return CompileCase(
         name=f"{name} attention, {cache} cache, window {window}, {tiles.block_m} rows",
         kernel=attend_items,
@@ -47,6 +51,7 @@ def attention_case(
             "UNROLL": tiles.unroll,
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        least_shared=least,
     )
 
 
