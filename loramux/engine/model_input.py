@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loramux.engine.kernels.attention import Attention, AttentionInput, BatchLayout
 from loramux.engine.kernels.cpu.dtypes import Ints
-from loramux.engine.kernels.cpu.lora import Floats
+from loramux.engine.kernels.cpu.lora import LoraKernel
 from loramux.engine.kernels.gpu.lora_input import GpuLoraInput
 from loramux.engine.kernels.lora import GainSegment, LoraInput, Segment, plan_lora
 from loramux.engine.kernels.tables import AdapterTables, TableSegment
@@ -46,13 +46,13 @@ class InputBuilder:
         *,
         attention: Attention,
         needs_lengths: bool,
-        lora_scratch: Floats | None,
+        lora_kernel: LoraKernel | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._attention = attention
         self._needs_lengths = needs_lengths
-        self._lora_scratch = lora_scratch
+        self._lora_kernel = lora_kernel
         self._dtype = dtype
         self._device = device
 
@@ -89,7 +89,7 @@ class InputBuilder:
                 layout.num_decode,
                 dtype=self._dtype,
                 device=self._device,
-                scratch=self._lora_scratch,
+                kernel=self._lora_kernel,
                 gains=[GainSegment(s.begin, s.end, s.tables.gains) for s in own_tables if s.tables.gains],
             ),
             tables=own_tables,

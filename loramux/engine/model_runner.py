@@ -222,7 +222,7 @@ class ModelRunner:
         builder = InputBuilder(
             attention=attention,
             needs_lengths=self.model.needs_lengths,
-            lora_scratch=self.lanes.scratch,
+            lora_kernel=self.lanes.kernel,
             dtype=self.dtype,
             device=self.device,
         )

@@ -25,7 +25,7 @@ from loramux.engine.adapters.tables import (
     table_weight,
 )
 from loramux.engine.kernels.cpu.dtypes import takes
-from loramux.engine.kernels.cpu.lora import row_scratch
+from loramux.engine.kernels.cpu.lora import LoraKernel
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.kernels.tables import AdapterTables, TableChange
 from loramux.engine.models.families import HEAD_MODULE, ModelConfig
@@ -78,7 +78,10 @@ class LanePool:
         is_compiled = takes(
             torch.empty(0, dtype=dtype, device=device), *widths, *(site.in_features for site in config.sites)
         )
-        self.scratch = row_scratch(max(widths)) if is_compiled else None  # of the row kernel, if it serves
+        most_parts = max(len(site.parts) for site in config.sites)
+        self.kernel = (
+            LoraKernel(dtype, most_parts, max(widths)) if is_compiled else None
+        )  # of the rows, if it serves
         self._sites: dict[tuple[int, str], SiteLanes] = {}
         if num_lanes == 0:
             return
@@ -122,6 +125,7 @@ class LanePool:
                         rank = module.a.shape[0]
                         a[:rank].copy_(module.a, non_blocking=True)
                         b[:rank].copy_(module.b, non_blocking=True)
+                    lanes.ranks[index, span.first] = rank
                     a[rank:].zero_()
                     b[rank:].zero_()
 

@@ -31,11 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.dtypes import TAGS, Ints
-from loramux.engine.kernels.cpu.lora import Floats, add_lora_rows, add_lora_rows_parallel
+from loramux.engine.kernels.cpu.dtypes import Ints
+from loramux.engine.kernels.cpu.lora import LoraKernel, LoraRows, site_table
 
 ROW_MULTIPLE = 128  # of [weight; lanes], so that the tiles of a product are whole
-PARALLEL_LANES = 24  # lanes of all rows together from which a second thread pays for its waking
 MASKED_MAX_TOKENS = 64  # above it a token range is computed segment by segment
 
 
@@ -48,12 +47,14 @@ class SiteLanes:
     offsets: list[int]  # where each part starts in the fused output; one more for the end
     index: int = 0  # among all sites of the model
     weight: Tensor | None = None  # [rows, in_features]: the base weight's place, then `a`, then padding
-    b_addresses: Ints = field(init=False)  # for the compiled kernel, as is the next
-    bounds: Ints = field(init=False)
+    ranks: Ints = field(init=False)  # [num_parts, num_lanes]: at an adapter's first lane, its rank here
+    table: Ints = field(init=False)  # for the compiled kernel
+    address: int = field(init=False)  # of the table
 
     def __post_init__(self) -> None:
-        self.b_addresses = np.array([part.data_ptr() for part in self.b], dtype=np.int64)
-        self.bounds = np.array(self.offsets, dtype=np.int64)
+        self.ranks = np.full((len(self.b), len(self.a)), len(self.a), dtype=np.int64)
+        self.table = site_table(self.a, self.b, self.ranks)
+        self.address = self.table.ctypes.data
 
     def product_rows(self, num_lanes: int) -> int:
         """Rows of `weight` that yield the base output and the shrink of the first `num_lanes` lanes."""
@@ -79,17 +80,6 @@ class MaskedRange:
     end: int
     num_lanes: int  # prefix of the pool that holds every lane in use here
     mask: Tensor  # [end - begin, num_lanes, 1], model dtype: 1 on a token's own lanes
-
-
-@dataclass(frozen=True, slots=True)
-class LoraRows:
-    """Decode tokens with an adapter, each with its own lanes; for the compiled kernel."""
-
-    rows: Ints  # [n]: tokens of the batch
-    first: Ints  # [n]: first lane
-    rank: Ints  # [n]: lanes
-    scratch: Floats  # [num_threads, ...] zeros, of the lane pool
-    bounds: Ints  # [num_threads + 1] of the rows, so that each thread reads as many lanes; or empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +125,7 @@ def plan_lora(
     dtype: torch.dtype,
     device: torch.device,
     gains: Sequence[GainSegment] = (),
-    scratch: Floats | None = None,
+    kernel: LoraKernel | None = None,
 ) -> LoraInput | None:
     """Choose the regime of each token range; None when no token has an adapter.
 
@@ -143,14 +133,14 @@ def plan_lora(
         segments: maximal runs of one adapter in token order, base tokens left out; a run never
             crosses `num_decode_tokens`, and decode tokens come first.
         gains: the tokens of DoRA adapters, which have segments, too.
-        scratch: of the lane pool, if the compiled kernel takes this model's lanes.
+        kernel: compiled, if there is one for this model's lanes.
     """
     if not segments:
         return None
     decode = [s for s in segments if s.end <= num_decode_tokens]
     prompts = [s for s in segments if s.end > num_decode_tokens]
-    if scratch is not None:
-        return LoraInput(None, prompts, gains, _rows(decode, scratch) if decode else None)
+    if kernel is not None:
+        return LoraInput(None, prompts, gains, _rows(decode, kernel) if decode else None)
     if len(decode) <= 1 or decode[-1].end - decode[0].begin > MASKED_MAX_TOKENS * len(decode):
         return LoraInput(None, segments, gains)
     begin, end = decode[0].begin, decode[-1].end
@@ -161,23 +151,9 @@ def plan_lora(
     return LoraInput(MaskedRange(begin, end, num_lanes, mask.to(device)), prompts, gains)
 
 
-def _rows(segments: list[Segment], scratch: Floats) -> LoraRows:
-    counts = [s.end - s.begin for s in segments]
-    rank = np.repeat([s.rank for s in segments], counts)
-    lanes = np.cumsum(rank)
-    num_threads = len(scratch)
-    bounds = np.zeros(0, dtype=np.int64)
-    if lanes[-1] >= PARALLEL_LANES and num_threads > 1 and len(rank) > 1:
-        shares = lanes[-1] * np.arange(num_threads + 1) // num_threads
-        bounds = np.searchsorted(lanes, shares - rank[0] // 2)
-        bounds[0], bounds[-1] = 0, len(rank)
-    return LoraRows(
-        rows=np.concatenate([np.arange(s.begin, s.end) for s in segments]),
-        first=np.repeat([s.first_lane for s in segments], counts),
-        rank=rank,
-        scratch=scratch,
-        bounds=bounds,
-    )
+def _rows(segments: list[Segment], kernel: LoraKernel) -> LoraRows:
+    groups = [(s.begin, s.end - s.begin, s.first_lane, s.rank) for s in segments]
+    return kernel.plan(np.array(groups, dtype=np.int64))
 
 
 def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None:
@@ -191,7 +167,7 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
         if (own := g.gains.get(site.index)) is not None:
             scale_output(out[g.begin : g.end], own)
     if plan.rows is not None:
-        _add_rows(out, x, site, plan.rows)
+        plan.rows.add(out, x, site.address)
     if plan.masked is not None:
         r = plan.masked
         shrunk = _shrink(x[r.begin : r.end], site.a[: r.num_lanes]).mul_(r.mask)
@@ -199,19 +175,6 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
     for s in plan.segments:
         lanes = slice(s.first_lane, s.first_lane + s.rank)
         _expand(out[s.begin : s.end], _shrink(x[s.begin : s.end], site.a[lanes]), site, lanes)
-
-
-def _add_rows(out: Tensor, x: Tensor, site: SiteLanes, own: LoraRows) -> None:
-    arguments = (
-        TAGS[x.dtype],
-        *(x.data_ptr(), out.data_ptr(), site.a.data_ptr()),
-        *(site.b_addresses, site.bounds, site.a.shape[2]),
-        *(own.rows, own.first, own.rank),
-    )
-    if len(own.bounds):
-        add_lora_rows_parallel(*arguments, own.scratch, own.bounds)
-    else:
-        add_lora_rows(*arguments, own.scratch[0], 0, len(own.rows))
 
 
 def scale_output(out: Tensor, own: OutputGain) -> None:

@@ -66,7 +66,7 @@ def make_builder(attention: Attention) -> InputBuilder:
     return InputBuilder(
         attention=attention,
         needs_lengths=True,
-        lora_scratch=None,
+        lora_kernel=None,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

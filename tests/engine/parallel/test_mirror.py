@@ -83,7 +83,7 @@ def test_both_sides_build_the_same_input(batch: ScheduledBatch) -> None:
     builder = InputBuilder(
         attention=TorchAttention(shape),
         needs_lengths=True,
-        lora_scratch=None,
+        lora_kernel=None,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

@@ -12,9 +12,7 @@ from loramux.engine.kernels.attention import reference_attention
 from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range, scratch_size, tile_of
 from loramux.engine.kernels.cpu.dtypes import TAGS
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
-from loramux.engine.kernels.cpu.lora import add_lora_rows, add_lora_rows_parallel, row_scratch
 from loramux.engine.kernels.cpu.rows import rms_norm, rotate_and_store, silu_mul
-from loramux.engine.kernels.lora import Segment, SiteLanes, reference_lora
 from loramux.engine.layers.rotary import rotate
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -167,41 +165,3 @@ def test_gate_equals_torch(dtype: torch.dtype) -> None:
 
     expected = functional.silu(gate) * up
     torch.testing.assert_close(out, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
-
-
-@pytest.mark.parametrize("bounds", [None, [0, 3], [0, 1, 3, 4], [0, 4, 4]])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_rows_equal_the_reference_and_touch_nobody_else(
-    dtype: torch.dtype, bounds: list[int] | None
-) -> None:
-    widths, in_features, lanes = [32, 16, 16], 48, 48
-    site = SiteLanes(
-        a=torch.randn(lanes, 3, in_features).to(dtype),
-        b=[torch.randn(lanes, width).to(dtype) for width in widths],
-        offsets=[0, 32, 48, 64],
-    )
-    segments = [Segment(0, 2, 0, 4), Segment(3, 4, 8, 33), Segment(5, 6, 8, 1)]
-    x, base = torch.randn(7, in_features).to(dtype), torch.randn(7, 64).to(dtype)
-    out, expected = base.clone(), base.float()
-    wide = SiteLanes(site.a.float(), [b.float() for b in site.b], site.offsets)
-    reference_lora(expected, x.float(), wide, segments)
-    rows = [(t, s.first_lane, s.rank) for s in segments for t in range(s.begin, s.end)]
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
-    scratch = np.repeat(row_scratch(max(widths))[:1], 3, axis=0)
-    arguments = (
-        TAGS[dtype],
-        *(x.data_ptr(), out.data_ptr(), site.a.data_ptr()),
-        *(np.array([b.data_ptr() for b in site.b]), np.array(site.offsets), in_features, *columns),
-    )
-
-    if bounds is None:
-        add_lora_rows(*arguments, scratch[0], 0, len(rows))
-    else:
-        add_lora_rows_parallel(*arguments, scratch, np.array(bounds))
-        if bounds[-1] < len(rows):
-            add_lora_rows(*arguments, scratch[0], bounds[-1], len(rows))
-
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance * 10)
-    assert torch.equal(out[[2, 4, 6]], base[[2, 4, 6]])
-    assert not scratch[:, 8:].any()

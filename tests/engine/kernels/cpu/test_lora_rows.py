@@ -1,0 +1,111 @@
+"""The compiled LoRA kernel against the reference, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loramux.engine.kernels.cpu.lora import LoraKernel
+from loramux.engine.kernels.lora import Segment, SiteLanes, apply_lora, plan_lora, reference_lora
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+CPU = torch.device("cpu")
+
+# widths of the parts, in_features; a line of the kernel is 32 elements, a vector 16
+SHAPES = {
+    "one part": ([64], 64),
+    "parts of one vector": ([32, 16, 16], 48),
+    "a thread's border inside a part": ([80, 48], 96),
+    "a model's": ([576, 192, 192], 576),
+}
+SEGMENTS = {
+    "one row": [Segment(2, 3, 8, 8)],
+    "odd ranks": [Segment(0, 2, 0, 4), Segment(3, 4, 8, 33), Segment(5, 6, 48, 1), Segment(6, 9, 56, 13)],
+    "rank above 64 in blocks of tokens": [Segment(1, 12, 0, 72), Segment(12, 13, 72, 8)],
+    "many adapters": [Segment(i, i + 1 + i % 2, 8 * (i % 12), 8) for i in range(0, 24, 2)],
+}
+
+
+def site(dtype: torch.dtype, widths: list[int], in_features: int) -> SiteLanes:
+    torch.manual_seed(0)
+    return SiteLanes(
+        a=torch.randn(96, len(widths), in_features).to(dtype),
+        b=[torch.randn(96, width).to(dtype) for width in widths],
+        offsets=[sum(widths[:i]) for i in range(len(widths) + 1)],
+    )
+
+
+def add(
+    pool: SiteLanes, x: torch.Tensor, base: torch.Tensor, segments: list[Segment], num_threads: int
+) -> torch.Tensor:
+    out = base.clone()
+    kernel = LoraKernel(x.dtype, len(pool.b), max(b.shape[1] for b in pool.b), num_threads)
+    plan = plan_lora(segments, len(x), dtype=x.dtype, device=CPU, kernel=kernel)
+    assert plan is not None
+    assert plan.rows is not None
+    apply_lora(out, x, pool, plan)
+    return out
+
+
+def expected(pool: SiteLanes, x: torch.Tensor, base: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+    out = base.float().clone()
+    wide = SiteLanes(pool.a.float(), [b.float() for b in pool.b], pool.offsets)
+    reference_lora(out, x.float(), wide, segments)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(("widths", "in_features"), SHAPES.values(), ids=SHAPES)
+def test_any_number_of_threads_adds_what_the_reference_adds(
+    dtype: torch.dtype, segments: list[Segment], widths: list[int], in_features: int
+) -> None:
+    pool = site(dtype, widths, in_features)
+    x, base = torch.randn(25, in_features).to(dtype), torch.randn(25, sum(widths)).to(dtype)
+
+    outs = [add(pool, x, base, segments, num_threads) for num_threads in (1, 2, 3)]
+
+    wanted = expected(pool, x, base, segments)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(outs[0].float(), wanted, rtol=tolerance, atol=tolerance * in_features**0.5)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+    others = torch.ones(25, dtype=torch.bool)
+    for s in segments:
+        others[s.begin : s.end] = False
+    assert torch.equal(outs[0][others], base[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
+    pool = site(dtype, [96, 32], 96)
+    x, base = torch.randn(25, 96).to(dtype), torch.randn(25, 128).to(dtype)
+    crowd = [Segment(0, 7, 0, 21), Segment(7, 8, 24, 40), Segment(9, 20, 64, 8)]
+
+    together = add(pool, x, base, crowd, 2)
+
+    for token, first, rank in ((0, 0, 21), (5, 0, 21), (7, 24, 40), (19, 64, 8)):
+        alone = add(pool, x, base, [Segment(token, token + 1, first, rank)], 1)
+        assert torch.equal(alone[token], together[token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_without_weights_are_not_read(dtype: torch.dtype) -> None:
+    pool = site(dtype, [64, 32], 64)
+    pool.ranks[0, 8], pool.ranks[1, 8] = 0, 5  # the adapter in lanes [8, 24) wraps the second part only
+    pool.a[8:24, 0] = torch.nan
+    pool.b[0][8:24] = torch.nan
+    pool.a[13:24, 1] = torch.nan
+    pool.b[1][13:24] = torch.nan
+    x, base = torch.randn(6, 64).to(dtype), torch.randn(6, 96).to(dtype)
+    segments = [Segment(0, 1, 0, 8), Segment(1, 6, 8, 12)]
+
+    out = add(pool, x, base, segments, 2)
+
+    assert torch.equal(out[1:, :64], base[1:, :64])
+    wanted = base.float().clone()
+    wide = SiteLanes(pool.a.float(), [b.float() for b in pool.b], pool.offsets)
+    reference_lora(wanted, x.float(), wide, [Segment(0, 1, 0, 8), Segment(1, 6, 8, 5)])
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out[:1].float(), wanted[:1], rtol=tolerance, atol=tolerance * 8)
+    torch.testing.assert_close(out[1:, 64:].float(), wanted[1:, 64:], rtol=tolerance, atol=tolerance * 8)
