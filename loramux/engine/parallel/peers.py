@@ -70,7 +70,9 @@ class Peers:
         return int(own.item())
 
     def close(self) -> None:
-        """Leave the group; its threads end."""
+        """Leave the group, whether the others are still there or not; its threads end."""
+        if self._device.type == "cuda":
+            self._group.abort()
         self._group = None
 
     def abort(self) -> None:
