@@ -35,7 +35,7 @@ def _small_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def _nothing_starts_as_zero() -> Iterator[None]:
     """Fresh memory holds NaN: what padding computes from it must reach nobody."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
 
