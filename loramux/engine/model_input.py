@@ -24,6 +24,14 @@ from loramux.engine.step import SampledToken, ScheduledBatch, ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
+class KeptRows:
+    """What the last layer goes on with once every token's keys and values are stored."""
+
+    index: Tensor  # [num_logits] int64: the tokens whose logits are wanted
+    lora: LoraInput | None  # of these rows
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInput:
     """What `Decoder.forward` reads."""
 
@@ -36,6 +44,7 @@ class ModelInput:
     logits_index: Tensor  # [num_logits] int64: tokens whose logits are wanted
     order: list[ScheduledSequence]  # the sequences in token order
     logits_rows: list[tuple[int, int]]  # per sequence of `order`: its rows of the logits
+    kept: KeptRows | None = None  # None where the last layer computes all tokens
 
 
 class InputBuilder:
@@ -84,19 +93,50 @@ class InputBuilder:
             positions=self._tensor(layout.positions),
             rope_lengths=self._tensor(rope_lengths(order, layout)) if self._needs_lengths else None,
             attention=self._attention.plan(layout),
-            lora=plan_lora(
-                _segments(order, layout.offsets, layout.num_decode),
-                layout.num_decode,
-                dtype=self._dtype,
-                device=self._device,
-                kernel=self._lora_kernel,
-                gains=[GainSegment(s.begin, s.end, s.tables.gains) for s in own_tables if s.tables.gains],
+            lora=self._lora(
+                _segments(order, layout.offsets, layout.num_decode), layout.num_decode, own_tables
             ),
             tables=own_tables,
             logits_index=self._tensor(logits_index),
             order=order,
             logits_rows=logits_rows,
+            kept=self._kept(order, logits_index, logits_rows, len(token_ids), own_tables),
         )
+
+    def _lora(
+        self, segments: list[Segment], num_decode: int, tables: list[TableSegment], *, of_logits: bool = False
+    ) -> LoraInput | None:
+        gains = [
+            GainSegment(s.logits_begin, s.logits_end, s.tables.gains)
+            if of_logits
+            else GainSegment(s.begin, s.end, s.tables.gains)
+            for s in tables
+            if s.tables.gains
+        ]
+        return plan_lora(
+            segments,
+            num_decode,
+            dtype=self._dtype,
+            device=self._device,
+            kernel=self._lora_kernel,
+            gains=gains,
+        )
+
+    def _kept(
+        self,
+        order: list[ScheduledSequence],
+        logits_index: Ints,
+        logits_rows: list[tuple[int, int]],
+        num_tokens: int,
+        tables: list[TableSegment],
+    ) -> KeptRows | None:
+        """None where all tokens are wanted, or so many that they need another plan."""
+        if len(logits_index) == num_tokens or any(end - begin > 1 for begin, end in logits_rows):
+            return None
+        offsets = np.array([0, *(end for _, end in logits_rows)], dtype=np.int64)
+        num_rows = len(logits_index)
+        segments = [s for s in _segments(order, offsets, len(order)) if s.begin < s.end]
+        return KeptRows(self._tensor(logits_index), self._lora(segments, num_rows, tables, of_logits=True))
 
     def _tensor(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

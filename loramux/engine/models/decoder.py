@@ -18,14 +18,15 @@ from torch.nn import functional
 
 from loramux.engine.adapters.weights import LanePool
 from loramux.engine.kernels.attention import Angles, Attention, KVCache
-from loramux.engine.kernels.lora import SiteLanes
+from loramux.engine.kernels.gpu.lora_input import GpuLoraInput
+from loramux.engine.kernels.lora import LoraInput, SiteLanes
 from loramux.engine.kernels.tables import TableSegment, change_embedding, change_logits
 from loramux.engine.layers.linear import Linear, make_linear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
 from loramux.engine.layers.parts import LinearSite, Parts, ResidualNorm, SiteOutput, TorchParts
 from loramux.engine.layers.rotary import Rotary
 from loramux.engine.layers.vocabulary import Embedding, ShardedEmbedding, ShardedHead
-from loramux.engine.model_input import ModelInput
+from loramux.engine.model_input import KeptRows, ModelInput
 from loramux.engine.models.families import HEAD_MODULE, Site
 from loramux.engine.models.weights import WeightSource, head_weight
 from loramux.engine.parallel.peers import Peers
@@ -121,11 +122,15 @@ class Decoder:
         x = self._embed(batch)
         angles = self._rotary.angles(batch.positions, batch.rope_lengths) if self._rotary else None
         delta: SiteOutput = None  # the last sub-layer's output, not yet added to x
+        last = self._layers[-1]
         for layer, cache in zip(self._layers, caches, strict=True):
-            x, delta = self._run_layer(layer, x, delta, batch, cache, angles)
-        x = x[batch.logits_index]
+            kept = batch.kept if layer is last else None
+            x, delta = self._run_layer(layer, x, delta, batch, cache, angles, kept)
+        if batch.kept is None:
+            x = x[batch.logits_index]
         if delta is not None:
-            x += self._parts.whole(delta)[batch.logits_index]
+            rows = self._parts.whole(delta)
+            x += rows if batch.kept is not None else rows[batch.logits_index]
         if self._norm is not None:
             x = self._norm(x)
         return self._project_out(x) if self._project_out is not None else x
@@ -153,14 +158,22 @@ class Decoder:
         batch: ModelInput,
         cache: KVCache,
         angles: Angles | None,
+        kept: KeptRows | None,
     ) -> tuple[Tensor, SiteOutput]:
-        """One layer: the residual stream (changed in place) and what is still to be added to it."""
+        """One layer: the residual stream (changed in place) and what is still to be added to it.
+
+        With `kept`, of these rows only.
+        """
+        lora = batch.lora if kept is None else kept.lora
         if self.config.post_norm:
-            x = layer.norm_1.after_add(x, self._attend(layer, x, batch, cache, angles))
-            return layer.norm_2.after_add(x, self._mlp(layer, x, batch)), None
+            attended = self._attend(layer, x, batch, cache, angles, kept)
+            x = layer.norm_1.after_add(x if kept is None else x[kept.index], attended)
+            return layer.norm_2.after_add(x, self._mlp(layer, x, lora)), None
         normed = layer.norm_1(x) if delta is None else layer.norm_1.after_add(x, delta)
-        normed = layer.norm_2.after_add(x, self._attend(layer, normed, batch, cache, angles))
-        return x, self._mlp(layer, normed, batch)
+        attended = self._attend(layer, normed, batch, cache, angles, kept)
+        if kept is not None:
+            x = x[kept.index]
+        return x, self._mlp(layer, layer.norm_2.after_add(x, attended), lora)
 
     def _attend(
         self,
@@ -169,14 +182,17 @@ class Decoder:
         batch: ModelInput,
         cache: KVCache,
         angles: Angles | None,
+        kept: KeptRows | None,
     ) -> SiteOutput:
         qkv = layer.qkv(x, batch.lora)
         q = self._attention.store(qkv, angles, layer.head_norms, cache, batch.attention)
         out = self._attention.attend(q, cache, batch.attention, window=layer.window)
-        return layer.attn_out(out, batch.lora)
+        if kept is None:
+            return layer.attn_out(out, batch.lora)
+        return layer.attn_out(out[kept.index], kept.lora)
 
-    def _mlp(self, layer: _Layer, x: Tensor, batch: ModelInput) -> SiteOutput:
-        return layer.mlp_out(self._activation(layer.mlp_in(x, batch.lora)), batch.lora)
+    def _mlp(self, layer: _Layer, x: Tensor, lora: LoraInput | GpuLoraInput | None) -> SiteOutput:
+        return layer.mlp_out(self._activation(layer.mlp_in(x, lora)), lora)
 
 
 class _WeightLoader:
