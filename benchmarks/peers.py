@@ -115,8 +115,8 @@ class Comparison:
         measures.append(Measure(0, self._args.prefill_len, 1))
         for number in range(1, self._args.rounds + 1):
             for what in measures:
-                for one in self._contenders:
-                    for case in one.cases:
+                for one in _turned(self._contenders, number):  # whoever is first pays for cold caches
+                    for case in _turned(one.cases, number):
                         seed += 1
                         if not one.recipe.is_slow or number <= self._args.slow_rounds:
                             self._measure(one, case, what, number, seed)
@@ -162,6 +162,12 @@ class Comparison:
     def _fail(self, name: str, why: str) -> None:
         self.result["failures"][name] = why
         say(f"{name}: not measured: {why}")
+
+
+def _turned(items: list[Any], by: int) -> list[Any]:
+    """The same items from another beginning."""
+    start = by % len(items)
+    return items[start:] + items[:start]
 
 
 def agreement(texts: dict[str, dict[str, str]]) -> dict[str, Any] | None:

@@ -41,7 +41,8 @@ from loramux.engine.types import Request, SequenceOutput, TokenSampling
 from loramux.resolvers.inspect import inspect_adapter
 
 RESULTS: Final = Path(__file__).parent / "results"
-RANKS: Final = (8, 8, 8, 8, 8, 8, 16, 64)
+EIGHT: Final = (8, 8, 8, 8, 8, 8, 16, 64)
+RANKS: Final = EIGHT + (8, 16) * 32  # the eight, and 64 more
 PROMPT: Final = 128
 PREFILL: Final = 1024
 STEPS: Final = 24  # of one round, decoding
@@ -54,7 +55,7 @@ class Case:
 
     name: str
     sequences: int
-    has_adapters: bool
+    adapters: range  # which of RANKS, in turn; empty = the base
     prompt: int  # tokens computed in the step itself; 0 = the sequences decode
 
     @property
@@ -63,13 +64,19 @@ class Case:
         return self.sequences * max(self.prompt, 1)
 
 
+_BASE, _EIGHT, _MANY = range(0), range(len(EIGHT)), range(len(EIGHT), len(RANKS))
 CASES: Final = (
     *(
-        Case(f"decode {n}, {'adapters' if has else 'base'}", n, has, 0)
+        Case(f"decode {n}, {'adapters' if adapters else 'base'}", n, adapters, 0)
         for n in (1, 8, 32)
-        for has in (False, True)
+        for adapters in (_BASE, _EIGHT)
     ),
-    *(Case(f"prefill {PREFILL}, {'adapter' if has else 'base'}", 1, has, PREFILL) for has in (False, True)),
+    Case("decode 64, base", 64, _BASE, 0),
+    Case("decode 64, 64 adapters", 64, _MANY, 0),
+    *(
+        Case(f"prefill {PREFILL}, {'adapter' if adapters else 'base'}", 1, adapters, PREFILL)
+        for adapters in (_BASE, _EIGHT)
+    ),
 )
 
 
@@ -123,7 +130,10 @@ def step(engine: Engine) -> tuple[float, list[SequenceOutput]]:
 
 def rounds(engine: Engine, case: Case, adapters: list[str], rng: random.Random) -> Iterator[None]:
     """Bring the engine to where the next step is one of the case; yields before each such step."""
-    own = [adapters[i % len(adapters)] if case.has_adapters else None for i in range(case.sequences)]
+    own = [
+        adapters[case.adapters[i % len(case.adapters)]] if case.adapters else None
+        for i in range(case.sequences)
+    ]
     if case.prompt:
         for turn in range(6):
             engine.add_request(request(f"p{turn}", rng, case.prompt, 1, own[0]))
@@ -218,8 +228,12 @@ def operators(engine: Engine, case: Case, adapters: list[str], rng: random.Rando
 
 
 def start(model: Path, root: Path, options: dict[str, Any]) -> tuple[Engine, list[str]]:
-    """An engine with eight adapters; their digests."""
-    engine = Engine(EngineConfig(model=str(model), enable_lora=True, enable_prefix_caching=False, **options))
+    """An engine with all adapters on the device; their digests."""
+    engine = Engine(
+        EngineConfig(
+            model=str(model), enable_lora=True, num_lanes=sum(RANKS), enable_prefix_caching=False, **options
+        )
+    )
     digests = []
     for index, rank in enumerate(RANKS):
         folder = write_adapter(root / f"a{index}", model, rank=rank, seed=index)
