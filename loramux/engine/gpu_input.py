@@ -124,7 +124,8 @@ class GpuInputs:
         num_lanes = lora_input.lanes_in_use(spans, self._limits.num_lanes)
         decode_only = layout.num_decode == num_seqs
         recorded = None
-        if not own_tables and not self._needs_lengths and num_logits <= num_seqs:
+        of_prompts = any(item.wants_prompt_logprobs for item in order)
+        if not own_tables and not self._needs_lengths and not of_prompts:
             recorded = graphs.find(num_tokens, num_seqs, num_lanes, decode_only=decode_only)
         shape = recorded or eager_shape(num_tokens, num_seqs, num_lanes, decode_only=decode_only)
         self._fill_tokens(host, order, layout, last_rows)
