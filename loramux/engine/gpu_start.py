@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -23,6 +24,7 @@ from loramux.engine.cuda_graph import (
     StepShape,
     graph_shapes,
 )
+from loramux.engine.errors import InvalidConfig
 from loramux.engine.gpu_input import GpuInputs
 from loramux.engine.gpu_step import GpuSteps
 from loramux.engine.kernels.attention import KVCache
@@ -41,6 +43,8 @@ from loramux.engine.step_buffers import StepLimits
 logger = logging.getLogger(__name__)
 
 __all__ = ["GpuAttention", "GpuParts", "lane_transfer", "prepare"]
+
+LARGEST_OFFSET: Final = 2**31 - 1
 
 
 def lane_transfer(pool: LanePool, shard: Shard, *, host_bytes: int, device: torch.device) -> LaneTransfer:
@@ -109,7 +113,12 @@ def prepare(
     device: torch.device,
     peers: Peers | None,
 ) -> GpuStart:
-    """Put the parts together."""
+    """Put the parts together.
+
+    Raises:
+        InvalidConfig: the kernels cannot address a step of `--max-num-batched-tokens`.
+    """
+    _check_offsets(limits, model)
     draw = TritonSampler(limits.max_seqs, limits.vocab_size, device)
     inputs = GpuInputs(
         attention.planner,
@@ -133,6 +142,20 @@ def prepare(
         peers=peers,
     )
     return GpuStart(steps, attention, graphs, num_layers, device)
+
+
+def _check_offsets(limits: StepLimits, model: Decoder) -> None:
+    """Within a step's tensors the kernels count elements in 32 bits."""
+    widest = max(
+        max(site.in_features, site.out_features, limits.num_lanes * len(site.parts))
+        for site in model.config.sites
+    )
+    most = LARGEST_OFFSET // widest
+    if limits.max_tokens > most:
+        flag = "--max-num-batched-tokens"
+        raise InvalidConfig(
+            f"{flag} must be at most {most} for this model on a GPU, got {limits.max_tokens}", param=flag
+        )
 
 
 def _shapes(config: EngineConfig, limits: StepLimits, model: Decoder) -> list[StepShape]:

@@ -156,10 +156,15 @@ class GpuSteps:
 
     @torch.inference_mode()
     def largest(self, caches: list[KVCache]) -> None:
-        """Compute the largest step that there can be, of padding, to see what it needs."""
+        """Compute the largest step that there can be, of padding, to see what it needs.
+
+        Without lanes and with all of them, so that the kernels of both are compiled.
+        """
         self._caches = caches
         self._inputs.pad()
-        self._compute(eager_shape(self._limits.max_tokens, self._limits.max_seqs, 0, decode_only=False))
+        most = self._limits
+        for num_lanes in sorted({0, most.num_lanes}):
+            self._compute(eager_shape(most.max_tokens, most.max_seqs, num_lanes, decode_only=False))
 
     def launch(
         self, batch: ScheduledBatch, tables: Mapping[str, AdapterTables], tokenizer: LLTokenizer | None

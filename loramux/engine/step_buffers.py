@@ -153,6 +153,7 @@ class StepBuffers:
             return _Slot(host, host, arrays, None, None)
         staging = torch.zeros(self._num_bytes, dtype=torch.uint8, device=device)
         staged, read = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        read.record(torch.cuda.current_stream(device))  # the first copy must not pass the zeros
         return _Slot(host, staging, arrays, staged, read)
 
 

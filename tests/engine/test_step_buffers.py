@@ -55,6 +55,18 @@ def test_filling_the_next_slot_leaves_the_uploaded_step_alone(buffers: StepBuffe
     assert buffers.device["seed"].tolist() == [2, 2, 2]
 
 
+@pytest.mark.gpu
+def test_the_first_step_arrives_although_the_device_was_busy_when_the_buffers_were_made() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.cuda._sleep(200_000_000)  # cycles
+    buffers = StepBuffers(FIELDS, torch.device("cuda"))
+    buffers.next_slot()["seed"][:] = 7
+    buffers.upload()
+
+    assert buffers.device["seed"].tolist() == [7, 7, 7]
+
+
 def test_device_tensors_never_move_and_are_aligned(buffers: StepBuffers) -> None:
     before = {name: tensor.data_ptr() for name, tensor in buffers.device.items()}
     for _ in range(3):

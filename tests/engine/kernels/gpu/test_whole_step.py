@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.gpu import attention_tiles
 from tests.adapter_files import write_adapter
 from tests.parity.driving import Answer, Served
@@ -91,6 +92,11 @@ def test_launched_steps_say_what_plain_torch_says(serve: Callable[..., Served]) 
     said = answers(serve(kernels="triton", enforce_eager=True), 2)
 
     assert [a.tokens for a in said] == [a.tokens for a in expected]
+
+
+def test_steps_that_the_kernels_cannot_address_are_refused(serve: Callable[..., Served]) -> None:
+    with pytest.raises(InvalidConfig, match=r"--max-num-batched-tokens must be at most \d+ "):
+        serve(kernels="triton", max_num_batched_tokens=1 << 26)
 
 
 def test_adapters_differ_from_the_base_and_from_each_other(serve: Callable[..., Served]) -> None:
