@@ -59,7 +59,7 @@ def test_filling_the_next_slot_leaves_the_uploaded_step_alone(buffers: StepBuffe
 def test_the_first_step_arrives_although_the_device_was_busy_when_the_buffers_were_made() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    torch.cuda._sleep(200_000_000)  # cycles
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # cycles
     buffers = StepBuffers(FIELDS, torch.device("cuda"))
     buffers.next_slot()["seed"][:] = 7
     buffers.upload()
