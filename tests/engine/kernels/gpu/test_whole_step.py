@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from loramux.engine.errors import InvalidConfig
+from loramux.engine.gpu_step import GpuSteps
+from loramux.engine.kernels.attention import KVCache
 from loramux.engine.kernels.gpu import attention_tiles
 from tests.adapter_files import write_adapter
 from tests.parity.driving import Answer, Served
@@ -92,6 +94,17 @@ def test_launched_steps_say_what_plain_torch_says(serve: Callable[..., Served]) 
     said = answers(serve(kernels="triton", enforce_eager=True), 2)
 
     assert [a.tokens for a in said] == [a.tokens for a in expected]
+
+
+def test_the_largest_step_of_padding_writes_no_keys(serve: Callable[..., Served]) -> None:
+    served = serve(kernels="triton", enforce_eager=True)
+    steps = served.engine.runner._steps
+    assert isinstance(steps, GpuSteps)
+    caches = [KVCache(torch.zeros_like(cache.k), torch.zeros_like(cache.v)) for cache in steps._caches]
+    steps.largest(caches)
+    served.engine.close()
+
+    assert not any(side.any() for cache in caches for side in (cache.k, cache.v))
 
 
 def test_steps_that_the_kernels_cannot_address_are_refused(serve: Callable[..., Served]) -> None:
