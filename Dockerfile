@@ -20,9 +20,10 @@ LABEL org.opencontainers.image.title="loramux" \
       org.opencontainers.image.description="One base model, thousands of LoRA adapters, one OpenAI-compatible server" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.source="https://github.com/loramux/loramux"
+# Triton compiles its kernels at the first start with a C compiler and Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3 python3-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --gid 0 --create-home --shell /usr/sbin/nologin loramux \
     && mkdir -p /home/loramux/.cache \
