@@ -1,8 +1,8 @@
 """Moves adapters up the tiers in a thread of its own, so that the step loop never waits for a file.
 
-safetensors and torch release the interpreter while they read, convert and copy. The thread steps back
-behind the step loop, since both use the same cores. What is
-finished waits in a queue; a byte on a socket pair wakes a loop that sleeps in a poll.
+safetensors and torch release the interpreter while they read, convert and copy. The thread has the step
+loop's own priority: one that steps back may be made to wait while it holds the interpreter, and the loop
+with it. What is finished waits in a queue; a byte on a socket pair wakes a loop that sleeps in a poll.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from enum import Enum
 import torch
 
 from loramux.engine.adapters.packed import HostWeights
-from loramux.engine.background import step_back
 from loramux.engine.errors import LoramuxError
 
 
@@ -87,7 +86,6 @@ class AdapterLoader:
         self._wake_write.close()
 
     def _run(self) -> None:
-        step_back()
         torch.set_num_threads(1)  # of this thread: the others belong to the step loop
         while (job := self._jobs.get()) is not None:
             kind, digest, run = job
