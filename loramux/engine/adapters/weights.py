@@ -80,7 +80,7 @@ class LanePool:
         )
         most_parts = max(len(site.parts) for site in config.sites)
         self.kernel = (
-            LoraKernel(dtype, most_parts, max(widths)) if is_compiled else None
+            LoraKernel(dtype, most_parts, max(widths)) if is_compiled and num_lanes else None
         )  # of the rows, if it serves
         self._sites: dict[tuple[int, str], SiteLanes] = {}
         if num_lanes == 0:

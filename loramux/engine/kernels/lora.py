@@ -172,7 +172,12 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
         r = plan.masked
         shrunk = _shrink(x[r.begin : r.end], site.a[: r.num_lanes]).mul_(r.mask)
         _expand(out[r.begin : r.end], shrunk, site, slice(0, r.num_lanes))
-    for s in plan.segments:
+    add_segments(out, x, site, plan.segments)
+
+
+def add_segments(out: Tensor, x: Tensor, site: SiteLanes, segments: list[Segment]) -> None:
+    """The module's equation for these tokens alone, in place; as for `apply_lora`."""
+    for s in segments:
         lanes = slice(s.first_lane, s.first_lane + s.rank)
         _expand(out[s.begin : s.end], _shrink(x[s.begin : s.end], site.a[lanes]), site, lanes)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loramux.engine.kernels.cpu.product import PackedLinear, supports
-from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
+from loramux.engine.kernels.lora import LoraInput, SiteLanes, add_segments, apply_lora
 from loramux.engine.layers.fp8_linear import Fp8Linear, QuantizeRows, check_fp8, quantize_rows
 from loramux.engine.parallel.peers import Peers
 
@@ -32,7 +32,7 @@ class Linear:
     not kept.
     """
 
-    __slots__ = ("_bias", "_packed", "_prepacked", "_weight")
+    __slots__ = ("_bias", "_prepacked", "_weight", "packed")
 
     can_hold_lanes: ClassVar[bool] = True
 
@@ -41,8 +41,8 @@ class Linear:
         weight: [out_features, in_features], consumed
         bias: [out_features]
         """
-        self._packed = PackedLinear(weight, bias) if supports(weight) else None
-        if self._packed is not None:
+        self.packed = PackedLinear(weight, bias) if supports(weight) else None
+        if self.packed is not None:
             return
         self._bias = bias
         self._prepacked = weight.device.type == "cpu" and can_prepack(weight.dtype)
@@ -57,8 +57,8 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_tokens, in_features] → [num_tokens, out_features]."""
-        if self._packed is not None:
-            return self._packed(x)
+        if self.packed is not None:
+            return self.packed(x)
         if self._prepacked:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return y
@@ -72,17 +72,23 @@ class LoraLinear:
     output, the adapters' part included, and what is returned is the sum.
     """
 
-    __slots__ = ("lanes", "linear", "peers")
+    __slots__ = ("_packed", "lanes", "linear", "peers")
 
     def __init__(self, linear: BaseLinear, lanes: SiteLanes | None, peers: Peers | None = None) -> None:
         self.linear = linear
+        self._packed = linear.packed if isinstance(linear, Linear) else None
         self.lanes = lanes  # None on a server without LoRA
         self.peers = peers  # ranks that hold the other input features; None = all are here
 
     def __call__(self, x: Tensor, lora: LoraInput | None) -> Tensor:
         """The base output plus what each token's adapter adds; base-only steps pay nothing."""
-        out = self.linear(x)
-        if lora is not None and self.lanes is not None:
+        if lora is None or self.lanes is None:
+            out = self.linear(x)
+        elif self._packed is not None and lora.rows is not None and not lora.gains:
+            out = lora.rows.multiply(self._packed, x, self.lanes.address)
+            add_segments(out, x, self.lanes, lora.segments)
+        else:
+            out = self.linear(x)
             apply_lora(out, x, self.lanes, lora)
         return out if self.peers is None else self.peers.add(out)
 

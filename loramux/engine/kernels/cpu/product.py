@@ -38,7 +38,7 @@ _LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
 _AHEAD: Final = 8192  # bytes that a stream is asked for before it is read
 _NEAR: Final = 1024  # the same where it lies in the cache
 _ALONE_BYTES: Final = 1 << 17  # a smaller weight is not worth a second thread
-_SUMS_BYTES: Final = PANEL_ROWS * 2 * LANES * 4  # that a thread keeps between chunks
+SUMS_BYTES: Final = PANEL_ROWS * 2 * LANES * 4  # that a thread keeps between chunks
 
 Pairs = npt.NDArray[np.int32]
 
@@ -50,7 +50,7 @@ _FETCH = units(STEP)  # a line a pair: as much as one strip reads
 class PackedLinear:
     """A weight in strips, and the product with it."""
 
-    __slots__ = ("_bias", "_constants", "_packed", "_sums", "_threads", "out_features")
+    __slots__ = ("_bias", "_constants", "_packed", "_sums", "_table", "_threads", "address", "out_features")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Args:
@@ -71,6 +71,8 @@ class PackedLinear:
             *(self._packed.data_ptr(), self._bias.data_ptr(), 0 if bias is None else CACHE_LINE),
             *(self._sums.data_ptr(), in_features // 2, self.out_features, self._threads),
         )
+        self._table = np.array([*self._constants[:3], *self._constants[4:6]], dtype=np.int64)
+        self.address = self._table.ctypes.data  # of weight, bias, its stride, pairs and columns
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_rows, in_features] bfloat16 → [num_rows, out_features]."""
@@ -101,7 +103,7 @@ def is_available() -> bool:
 
 @cache
 def _sums(threads: int) -> Tensor:
-    return torch.empty(threads * _SUMS_BYTES // 4)
+    return torch.empty(threads * SUMS_BYTES // 4)
 
 
 def _pack(weight: Tensor, threads: int) -> Tensor:
@@ -152,7 +154,7 @@ def multiply(
     strips = -(-columns // LANES)
     for thread in prange(threads):
         multiply_strips(
-            *(x, out, rows, weight, bias, bias_stride, sums + thread * _SUMS_BYTES, pairs, columns),
+            *(x, out, rows, weight, bias, bias_stride, sums + thread * SUMS_BYTES, pairs, columns),
             *(strips * thread // threads, strips * (thread + 1) // threads),
         )
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
+
+SPINS: Final = 4096  # looks at a number that another thread will write, between two offers to others
 
 
 class Team(NamedTuple):
@@ -23,6 +25,7 @@ class Team(NamedTuple):
     thread_num: int  # address: which thread am I?
     num_threads: int  # address: of how many?
     barrier: int  # address: wait for all of them
+    give_way: int  # address: let another thread of the system run
 
 
 @cache
@@ -31,16 +34,17 @@ def team() -> Team | None:
     library = ctypes.CDLL(None)
     try:
         run = library.GOMP_parallel
-        functions = library.omp_get_thread_num, library.omp_get_num_threads, library.GOMP_barrier
+        functions = (
+            *(library.omp_get_thread_num, library.omp_get_num_threads, library.GOMP_barrier),
+            library.sched_yield,
+        )
     except AttributeError:
         return None
     run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     run.restype = None
-    thread_num, num_threads, barrier = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
-    assert thread_num
-    assert num_threads
-    assert barrier
-    return Team(run, thread_num, num_threads, barrier)
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions]
+    assert all(addresses)
+    return Team(run, *addresses)
 
 
 @intrinsic
@@ -74,3 +78,51 @@ def as_ints(typing: Any, address: Any) -> tuple[Any, Any]:
         return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
 
     return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
+def add_atomic(typing: Any, address: Any, value: Any) -> tuple[Any, Any]:
+    """Add to the 64-bit number at the address, for all threads to see; returns what it was before.
+
+    What this thread wrote before is seen by whoever sees the new number.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_atomic(typing: Any, address: Any) -> tuple[Any, Any]:
+    """The 64-bit number at the address, as other threads last wrote it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@njit(cache=True, error_model="numpy")
+def arrive(meeting: int) -> None:
+    """Tell the others that what they wait for in `await_all` is done here.
+
+    Args:
+        meeting: address of 16 numbers that are zero before and after
+    """
+    add_atomic(meeting, 1)
+
+
+@njit(cache=True, error_model="numpy")
+def await_all(meeting: int, num_threads: int, give_way: int) -> None:
+    """Wait until all threads have arrived; unlike at a barrier, work may lie between the two."""
+    turns = 0
+    while load_atomic(meeting) < num_threads:
+        turns += 1
+        if turns % SPINS == 0:
+            ask(give_way)
+    if add_atomic(meeting + 64, 1) == num_threads - 1:  # nobody waits any more
+        add_atomic(meeting + 64, -num_threads)
+        add_atomic(meeting, -num_threads)

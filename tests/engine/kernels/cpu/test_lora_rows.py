@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loramux.engine.kernels.cpu import product
 from loramux.engine.kernels.cpu.lora import LoraKernel
 from loramux.engine.kernels.lora import Segment, SiteLanes, apply_lora, plan_lora, reference_lora
 
@@ -109,3 +110,45 @@ def test_parts_without_weights_are_not_read(dtype: torch.dtype) -> None:
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(out[:1].float(), wanted[:1], rtol=tolerance, atol=tolerance * 8)
     torch.testing.assert_close(out[1:, 64:].float(), wanted[1:, 64:], rtol=tolerance, atol=tolerance * 8)
+
+
+@pytest.mark.skipif(not product.is_available(), reason="needs AVX512-BF16")
+@pytest.mark.parametrize("num_rows", [1, 9, 16, 17, 40])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("widths", "in_features"), SHAPES.values(), ids=SHAPES)
+def test_a_product_in_the_same_call_yields_the_same_bits(
+    widths: list[int], in_features: int, num_rows: int, *, has_bias: bool
+) -> None:
+    pool = site(torch.bfloat16, widths, in_features)
+    weight = torch.randn(sum(widths), in_features).bfloat16()
+    linear = product.PackedLinear(weight, torch.randn(sum(widths)).bfloat16() if has_bias else None)
+    x = torch.randn(num_rows, in_features).bfloat16()
+    crowd = [Segment(0, 1, 0, 11), Segment(1, 6, 16, 40), Segment(7, 16, 56, 8), Segment(17, 40, 64, 32)]
+    segments = [s for s in crowd if s.end <= num_rows]
+
+    wanted = add(pool, x, linear(x), segments, 2)
+
+    for num_threads in (1, 2, 3):
+        kernel = LoraKernel(torch.bfloat16, len(widths), max(widths), num_threads)
+        plan = plan_lora(segments, num_rows, dtype=torch.bfloat16, device=CPU, kernel=kernel)
+        assert plan is not None
+        assert plan.rows is not None
+        for _ in range(3):  # threads meet again and again
+            assert torch.equal(plan.rows.multiply(linear, x, pool.address), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lanes_may_lie_apart(dtype: torch.dtype) -> None:
+    near = site(dtype, [64, 32], 64)
+    far = SiteLanes(
+        a=torch.full((96, 3, 64), torch.nan, dtype=dtype)[:, :2],
+        b=[torch.full((96, 100), torch.nan, dtype=dtype)[:, : b.shape[1]] for b in near.b],
+        offsets=near.offsets,
+    )
+    far.a.copy_(near.a)
+    for to, source in zip(far.b, near.b, strict=True):
+        to.copy_(source)
+    x, base = torch.randn(13, 64).to(dtype), torch.randn(13, 96).to(dtype)
+    segments = SEGMENTS["rank above 64 in blocks of tokens"]
+
+    assert torch.equal(add(far, x, base, segments, 2), add(near, x, base, segments, 2))
