@@ -21,7 +21,7 @@ from typing import Final
 
 from llguidance import LLMatcher, LLTokenizer
 
-from loramux.engine.background import step_back
+from loramux.engine.background import roam, step_back
 from loramux.engine.errors import InvalidRequest, LoramuxError
 from loramux.engine.grammar import PARAM, GrammarMatcher, compile_grammar, load_tokenizer
 from loramux.engine.types import GrammarSpec
@@ -175,6 +175,7 @@ class GrammarCompiler:
             self._threads[-1].start()
 
     def _run(self) -> None:
+        roam()
         step_back()
         with contextlib.suppress(LoramuxError):  # the first grammar will say it
             self._load()

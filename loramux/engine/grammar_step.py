@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from llguidance import LLTokenizer
 
+from loramux.engine.background import roam
 from loramux.engine.grammar import FilledMasks, GrammarMasks, MaskRow
 from loramux.engine.layers.sampler import TokenMask
 from loramux.engine.sequence import Sequence
@@ -52,7 +53,7 @@ class GrammarStep:
         """
         self._vocab_size = vocab_size
         self._masks: GrammarMasks | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks", initializer=roam)
 
     def begin(
         self, order: Items[ScheduledSequence], tokenizer: LLTokenizer | None

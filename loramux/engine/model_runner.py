@@ -22,6 +22,7 @@ from loramux.engine.attention_backend import attention_shape, make_attention, st
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import Attention
+from loramux.engine.kernels.cpu.threads import bind
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
 from loramux.engine.layers.linear import can_hold_lanes, check_quantization
@@ -122,6 +123,14 @@ class ModelRunner:
             self.lanes.write(adapter, span)
         if isinstance(adapter, HostAdapter) and adapter.tables:
             self.tables[adapter.digest] = adapter.tables.to(self.device)
+
+    def bind_threads(self) -> None:
+        """Give the calling thread, which launches all steps, and those that compute with it a core each.
+
+        Only for a process that is the engine's alone, and before requests come.
+        """
+        if self.device.type == "cpu" and self._shard.size == 1:
+            bind()
 
     def keep_tables(self, residents: Set[str]) -> None:
         """Free the tables of adapters that lost their lanes."""

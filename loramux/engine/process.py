@@ -134,6 +134,7 @@ def main(address: str, config_json: str) -> int:
         pair.close()
         context.term()
         return 1
+    engine.runner.bind_threads()
     gc.collect()
     gc.freeze()  # what start-up allocated is never scanned again
     EngineProcess(engine, pair).run()

@@ -8,14 +8,19 @@ which numba's calls reach, too. Entering the team costs about a microsecond, a b
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from typing import Any, Final, NamedTuple
 
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from loramux.engine.background import CORES
+
 SPINS: Final = 4096  # looks at a number that another thread will write, between two offers to others
+_OPERATORS_WORD: Final = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
 
 
 class Team(NamedTuple):
@@ -45,6 +50,31 @@ def team() -> Team | None:
     addresses = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions]
     assert all(addresses)
     return Team(run, *addresses)
+
+
+def bind() -> bool:
+    """Give the calling thread and the other one of its team a core each; False where that is not done.
+
+    A third thread that wants a core for a while (one that loads an adapter, or the server) then slows one
+    of the two. Free to move, the system often leaves both on one core to it, and each waits, spinning, for
+    what the other cannot do meanwhile: ten times slower. Only teams of two are bound: a larger one loses
+    threads to a region that wants fewer, and those that replace them would be bound to the caller's core.
+
+    Threads that the calling one starts from now on begin on its core: they `roam`.
+    """
+    threads, cores = team(), sorted(CORES)
+    if threads is None or any(name in os.environ for name in _OPERATORS_WORD):
+        return False
+    if len(cores) != torch.get_num_threads() or len(cores) != 2:
+        return False
+    thread_num = ctypes.CFUNCTYPE(ctypes.c_int)(threads.thread_num)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def one(_: Any) -> None:
+        os.sched_setaffinity(0, {cores[thread_num()]})
+
+    threads.run(ctypes.cast(one, ctypes.c_void_p), None, len(cores), 0)
+    return True
 
 
 @intrinsic
