@@ -11,7 +11,7 @@ from loramux.engine.errors import InvalidConfig
 SCHEDULING_POLICIES = ("fcfs", "priority")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-QUANTIZATIONS = (None, "fp8")
+QUANTIZATIONS = (None, "fp8", "int8")
 KERNELS = ("auto", "torch", "triton")
 ATTENTION_BACKENDS = {  # in any case, vLLM's names too: what each means here
     "auto": "auto",
@@ -34,7 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # auto | cpu | cuda
     load_format: str = "auto"  # auto and safetensors read files; dummy = random weights of the right shapes
     tensor_parallel_size: int = 1  # ranks: processes with a part of the model each, on a device of its own
-    quantization: str | None = None  # of the base weights: fp8 = per output channel, with fp8 activations
+    quantization: str | None = None  # of the base weights: fp8 (with fp8 activations) | int8 (weights only)
     kernels: str = "auto"  # auto | torch | triton; auto = triton on a GPU
     attention_backend: str = "auto"  # a key of ATTENTION_BACKENDS, in any case
     kv_cache_dtype: str = "auto"  # auto = the model's; fp8 = fp8_e4m3, with a scale of 1

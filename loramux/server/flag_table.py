@@ -40,8 +40,8 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         ),
         Flag(
             "quantization",
-            "of the base model's linear layers: fp8 (NVIDIA GPUs from compute capability 8.9); adapters, "
-            "embedding and head keep the model's dtype",
+            "of the base model's weights: int8 (CPUs; linear layers and head), or fp8 (NVIDIA GPUs from "
+            "compute capability 8.9; linear layers); adapters and embedding keep the model's dtype",
             short="q",
         ),
         Flag("max-model-len", "context length in tokens; auto or -1 = the model's", parse_length),

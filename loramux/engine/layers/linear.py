@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loramux.engine.kernels.cpu.lora import product_code
 from loramux.engine.kernels.cpu.product import PackedLinear, supports
 from loramux.engine.kernels.lora import LoraInput, SiteLanes, add_segments, apply_lora
 from loramux.engine.layers.fp8_linear import Fp8Linear, QuantizeRows, check_fp8, quantize_rows
+from loramux.engine.layers.int8_linear import Int8Linear, check_int8
 from loramux.engine.parallel.peers import Peers
 
 
@@ -72,12 +74,15 @@ class LoraLinear:
     output, the adapters' part included, and what is returned is the sum.
     """
 
-    __slots__ = ("_packed", "lanes", "linear", "peers")
+    __slots__ = ("_code", "_packed", "lanes", "linear", "peers")
 
     def __init__(self, linear: BaseLinear, lanes: SiteLanes | None, peers: Peers | None = None) -> None:
         self.linear = linear
-        self._packed = linear.packed if isinstance(linear, Linear) else None
         self.lanes = lanes  # None on a server without LoRA
+        self._packed = None
+        if lanes is not None and isinstance(linear, Linear | Int8Linear) and linear.packed is not None:
+            self._packed = linear.packed  # its code multiplies and adds the lanes' part in one
+            self._code = product_code(linear.packed.dtype)
         self.peers = peers  # ranks that hold the other input features; None = all are here
 
     def __call__(self, x: Tensor, lora: LoraInput | None) -> Tensor:
@@ -85,7 +90,7 @@ class LoraLinear:
         if lora is None or self.lanes is None:
             out = self.linear(x)
         elif self._packed is not None and lora.rows is not None and not lora.gains:
-            out = lora.rows.multiply(self._packed, x, self.lanes.address)
+            out = lora.rows.multiply(self._code, self._packed, x, self.lanes.address)
             add_segments(out, x, self.lanes, lora.segments)
         else:
             out = self.linear(x)
@@ -105,12 +110,20 @@ def make_linear(
         weight, bias: as for `Linear`
         quantize: how activations are quantised on this device, if they are
     """
-    return Fp8Linear(weight, bias, quantize) if quantization == "fp8" else Linear(weight, bias)
+    if quantization == "fp8":
+        return Fp8Linear(weight, bias, quantize)
+    return Int8Linear(weight, bias) if quantization == "int8" else Linear(weight, bias)
+
+
+def make_head(weight: Tensor, quantization: str | None) -> BaseLinear:
+    """The output head, in int8 if the layers are; beside fp8 layers it keeps the model's dtype."""
+    return Int8Linear(weight) if quantization == "int8" else Linear(weight)
 
 
 def can_hold_lanes(quantization: str | None) -> bool:
     """Whether the A rows of adapters may lie behind weights of this form."""
-    return (Fp8Linear if quantization == "fp8" else Linear).can_hold_lanes
+    forms: dict[str | None, type[BaseLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear}
+    return forms.get(quantization, Linear).can_hold_lanes
 
 
 def check_quantization(quantization: str | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -121,6 +134,8 @@ def check_quantization(quantization: str | None, dtype: torch.dtype, device: tor
     """
     if quantization == "fp8":
         check_fp8(dtype, device)
+    if quantization == "int8":
+        check_int8(device)
 
 
 @cache

@@ -21,7 +21,7 @@ from loramux.engine.kernels.attention import Angles, Attention, KVCache
 from loramux.engine.kernels.gpu.lora_input import GpuLoraInput
 from loramux.engine.kernels.lora import LoraInput, SiteLanes
 from loramux.engine.kernels.tables import TableSegment, change_embedding, change_logits
-from loramux.engine.layers.linear import Linear, make_linear
+from loramux.engine.layers.linear import Linear, make_head, make_linear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
 from loramux.engine.layers.parts import LinearSite, Parts, ResidualNorm, SiteOutput, TorchParts
 from loramux.engine.layers.rotary import Rotary
@@ -70,7 +70,7 @@ class Decoder:
             lanes, attention: for that part.
             parts: makes the layers' parts; None = `TorchParts`.
             peers: the other ranks; None if there are none.
-            quantization: form of the layers' weights; embedding and head stay in `dtype`.
+            quantization: form of the weights of layers and head; the embedding stays in `dtype`.
             on_layer: called after each layer, for a progress bar.
 
         Raises:
@@ -103,7 +103,7 @@ class Decoder:
         self._norm = self._parts.norm(self._load.norm(final_norm)) if config.final_norm else None
         name = head_weight(config, checkpoint, shard.num_vocab_rows)
         is_tied = name != f"{HEAD_MODULE}.weight"
-        head = Linear(embedding if is_tied else self._load.vocabulary(name))
+        head = make_head(embedding if is_tied else self._load.vocabulary(name), quantization)
         self._lm_head = head if peers is None else ShardedHead(head, shard.whole.vocab_size, peers)
         checkpoint.check_all_used(may_remain=(f"{HEAD_MODULE}.weight",))
         self._activation = self._parts.activation(config.activation, is_gated=config.gated_mlp)

@@ -27,15 +27,16 @@ import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, FLOAT32, Dtype
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, FLOAT32, INT8, Dtype
 from loramux.engine.kernels.cpu.lora_ir import LINE
 from loramux.engine.kernels.cpu.lora_loops import BLOCK, COUNT, OFFSET, RANK, WIDTH, Ints, expand, shrink
 from loramux.engine.kernels.cpu.product import (
     FEW_ROWS,
-    SUMS_BYTES,
+    SCRATCH_BYTES,
+    Form,
     PackedLinear,
-    is_available,
     multiply_strips,
+    scratch,
 )
 from loramux.engine.kernels.cpu.threads import arrive, as_ints, ask, await_all, team, wait
 from loramux.engine.kernels.cpu.vector_ir import LANES
@@ -52,7 +53,7 @@ class _Call(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("thread_num", "num_threads", "barrier", "give_way", "meeting"),
-            *("groups", "num_groups", "sums", "totals", "widest", "kept"),
+            *("groups", "num_groups", "sums", "totals", "widest", "scratch"),
             *("site", "x", "out", "rows", "product"),
         )
     )
@@ -76,12 +77,11 @@ class LoraKernel:
         self._run = threads.run if threads is not None else _run_alone
         self._num_threads = 1 if threads is None else num_threads or torch.get_num_threads()
         self._work = _compiled(dtype)
-        self._product = _compiled_product() if dtype == torch.bfloat16 and is_available() else 0
         self._num_parts = num_parts
         self._widest = widest
         self._sums = np.zeros(0, dtype=np.float32)
         self._totals = np.zeros(self._num_threads * BLOCK * widest, dtype=np.float32)
-        self._kept = np.zeros(self._num_threads * SUMS_BYTES, dtype=np.uint8)
+        self._scratch = scratch(self._num_threads)
         self._meeting = np.zeros(16, dtype=np.int64)
         functions = (0, 0, 0, 0) if threads is None else threads[1:]
         self._room = (*functions, self._meeting.ctypes.data)
@@ -96,12 +96,15 @@ class LoraKernel:
         if len(self._sums) < sums[-1] * self._num_parts:
             self._sums = np.zeros(2 * int(sums[-1]) * self._num_parts, dtype=np.float32)
         table = np.column_stack((groups, np.concatenate(([0], sums[:-1]))))
-        room = (self._sums.ctypes.data, self._totals.ctypes.data, self._widest, self._kept.ctypes.data)
+        room = (self._sums.ctypes.data, self._totals.ctypes.data, self._widest, self._scratch.data_ptr())
         call = _Call(*self._room, table.ctypes.data, len(table), *room)
         alone = groups[:, RANK].sum() < PARALLEL_LANES
         address = ctypes.addressof(call)
         add = partial(self._run, self._work, address, 1 if alone else self._num_threads, 0)
-        multiply = partial(self._run, self._product, address, self._num_threads, 0)
+
+        def multiply(code: int) -> None:
+            self._run(code, address, self._num_threads, 0)
+
         return LoraRows(call, add, multiply, (table, self._sums, self._totals))
 
 
@@ -111,7 +114,7 @@ class LoraRows:
     __slots__ = ("_add", "_call", "_keep", "_multiply")
 
     def __init__(
-        self, call: _Call, add: Callable[[], None], multiply: Callable[[], None], keep: tuple[Any, ...]
+        self, call: _Call, add: Callable[[], None], multiply: Callable[[int], None], keep: tuple[Any, ...]
     ) -> None:
         self._call = call
         self._add = add
@@ -132,10 +135,11 @@ class LoraRows:
         call.out = out.data_ptr()
         self._add()
 
-    def multiply(self, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
+    def multiply(self, code: int, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
         """The base output with the module's equation added: what `linear(x)` and then `add` yield.
 
         Args:
+            code: `product_code` of the linear layer
             x: [num_tokens, in_features], contiguous
             site: address of its `site_table`
         """
@@ -147,7 +151,7 @@ class LoraRows:
         call.out = out.data_ptr()
         call.rows = rows
         call.product = linear.address
-        self._multiply()
+        self._multiply(code)
         return out
 
 
@@ -180,9 +184,10 @@ def _compiled(dtype: torch.dtype) -> int:
 
 
 @cache
-def _compiled_product() -> int:
-    """Address of the code that multiplies by a base weight, too."""
-    address: int = _load(_multiply_bfloat16).address
+def product_code(weight: torch.dtype) -> int:
+    """Address of the code that multiplies by a base weight in this form, too."""
+    function = {torch.bfloat16: _multiply_bfloat16, torch.int8: _multiply_int8}[weight]
+    address: int = _load(function).address
     return address
 
 
@@ -200,7 +205,11 @@ def _add_float32(call: Any) -> None:
 
 
 def _multiply_bfloat16(call: Any) -> None:
-    _multiply(BFLOAT16, carray(call, 1)[0])
+    _multiply(BFLOAT16, BFLOAT16, carray(call, 1)[0])
+
+
+def _multiply_int8(call: Any) -> None:
+    _multiply(BFLOAT16, INT8, carray(call, 1)[0])
 
 
 @njit(cache=True, error_model="numpy")
@@ -226,8 +235,8 @@ def _add(dtype: Dtype, call: Any) -> None:
 
 
 @njit(cache=True, error_model="numpy")
-def _multiply(dtype: Dtype, call: Any) -> None:
-    """One thread's part of a site and of its base product."""
+def _multiply(dtype: Dtype, form: Form, call: Any) -> None:
+    """One thread's part of a site and of its base product, whose weight has this form."""
     thread, num_threads = 0, 1
     if call.num_threads:
         thread, num_threads = ask(call.thread_num), ask(call.num_threads)
@@ -236,18 +245,18 @@ def _multiply(dtype: Dtype, call: Any) -> None:
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
     parts = carray(as_ints(call.site + _HEAD * 8), (num_parts, 4))
     groups = carray(as_ints(call.groups), (call.num_groups, 5))
-    product = carray(as_ints(call.product), 5)
-    weight, bias, bias_stride, pairs, columns = product[0], product[1], product[2], product[3], product[4]
+    product = carray(as_ints(call.product), 6)
+    weight, scale, bias, bias_stride = product[0], product[1], product[2], product[3]
+    pairs, columns = product[4], product[5]
     twos = -(-columns // (2 * LANES))
     first, last = twos * thread // num_threads * 2, twos * (thread + 1) // num_threads * 2
     last = min(last, -(-columns // LANES))
     if call.rows <= FEW_ROWS:
         shrink(dtype, call.x, a, in_features, stride, parts, ranks, groups, call.sums, thread, num_threads)
         arrive(call.meeting)
-    kept = call.kept + thread * SUMS_BYTES
     multiply_strips(
-        *(call.x, call.out, call.rows, weight, bias, bias_stride, kept, pairs, columns),
-        *(first, last),
+        *(form, call.x, call.out, call.rows, weight, scale, bias, bias_stride),
+        *(call.scratch + thread * SCRATCH_BYTES, pairs, columns, first, last),
     )
     if call.rows > FEW_ROWS:
         shrink(dtype, call.x, a, in_features, stride, parts, ranks, groups, call.sums, thread, num_threads)

@@ -1,14 +1,19 @@
-"""Products with a bfloat16 weight on CPUs that multiply pairs of bfloat16 (AVX512-BF16).
+"""Products in bfloat16 on CPUs that multiply pairs of bfloat16 (AVX512-BF16).
 
-    out[r] = round(x[r] · Wᵀ + bias)
+    out[r] = round(x[r] · Wᵀ * scale + bias)
 
 The weight lies in strips of sixteen output columns, [out_features / 16, in_features / 2, 16, 2]: a vector
 holds a pair of k for sixteen columns, and a strip is read from its first byte to its last. Each thread
 has a range of strips of its own.
 
+It is bfloat16, without a scale; or int8, half the bytes, of which 64 hold two pairs for each four columns,
+[out_features / 16, in_features / 4, 4, 2, 4, 2], each a sign and a magnitude. These become bfloat16 in
+registers, without rounding.
+
 - Few rows: a strip at a time with all rows; memory is read as one stream and is the limit.
 - More rows: two strips at a time, which stay in the cache while blocks of rows pass; the first blocks ask
-  for the next two meanwhile. Rows come in panels and k in chunks, so that this fits the cache.
+  for the next two meanwhile. Rows come in panels and k in chunks, so that this fits the cache. The
+  first block leaves bytes in the cache as bfloat16.
 
 Sums are taken in the order of k for any number of rows: a row's result does not depend on its company.
 """
@@ -26,8 +31,8 @@ from numba import njit, prange
 from numba.core.codegen import get_host_cpu_features
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE, Address, units
-from loramux.engine.kernels.cpu.product_ir import FROM_SUMS, INTO_SUMS, STEP, multiply_tile
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address, item_size, units
+from loramux.engine.kernels.cpu.product_ir import FROM_SUMS, INTO_SUMS, STEP, WIDENED, multiply_tile
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 FEW_ROWS: Final = 16
@@ -38,56 +43,73 @@ _LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
 _AHEAD: Final = 8192  # bytes that a stream is asked for before it is read
 _NEAR: Final = 1024  # the same where it lies in the cache
 _ALONE_BYTES: Final = 1 << 17  # a smaller weight is not worth a second thread
-SUMS_BYTES: Final = PANEL_ROWS * 2 * LANES * 4  # that a thread keeps between chunks
+_SUMS_BYTES: Final = PANEL_ROWS * 2 * LANES * 4  # that a thread keeps between chunks
+_WIDE_BYTES: Final = CHUNK_PAIRS * 2 * CACHE_LINE  # two strips of a chunk in bfloat16
+SCRATCH_BYTES: Final = _SUMS_BYTES + _WIDE_BYTES  # of a thread
+_QUAD: Final = 4  # columns
 
-Pairs = npt.NDArray[np.int32]
+Pairs = npt.NDArray[np.int32 | np.int16]
+Form = np.uint16 | np.int8  # BFLOAT16 | INT8
 
 _ONE, _TWO = units(1), units(2)
 _LEAST, _BLOCK, _FEW = units(_LEAST_BLOCK), units(BLOCK_ROWS), units(FEW_ROWS)
-_FETCH = units(STEP)  # a line a pair: as much as one strip reads
 
 
 class PackedLinear:
     """A weight in strips, and the product with it."""
 
-    __slots__ = ("_bias", "_constants", "_packed", "_sums", "_table", "_threads", "address", "out_features")
+    __slots__ = (
+        *("_bias", "_constants", "_form", "_packed", "_scale", "_scratch", "_table", "_threads"),
+        *("address", "dtype", "out_features"),
+    )
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
         """Args:
-        weight: [out_features, in_features] bfloat16; a reordered copy is kept
+        weight: [out_features, in_features] bfloat16, or int8 above -128; a reordered copy is kept
         bias: [out_features]
+        scale: [out_features] float32, of an int8 weight
         """
         assert supports(weight)
+        assert (scale is None) == (weight.dtype == torch.bfloat16)
         self.out_features, in_features = weight.shape
+        self.dtype = weight.dtype
+        self._form: Form = BFLOAT16 if scale is None else INT8
         self._threads = max(torch.get_num_threads(), 1)
         self._packed = _pack(weight, self._threads)
         if self._packed.nbytes < _ALONE_BYTES:
             self._threads = 1
-        self._bias = torch.zeros(LANES if bias is None else self._packed.shape[0] * LANES)
-        if bias is not None:
-            self._bias[: self.out_features] = bias
-        self._sums = _sums(self._threads)
+        self._bias = self._by_column(bias)
+        self._scale = self._by_column(scale)
+        self._scratch = scratch(self._threads)
         self._constants = (
-            *(self._packed.data_ptr(), self._bias.data_ptr(), 0 if bias is None else CACHE_LINE),
-            *(self._sums.data_ptr(), in_features // 2, self.out_features, self._threads),
+            *(self._packed.data_ptr(), self._scale.data_ptr()),
+            *(self._bias.data_ptr(), 0 if bias is None else CACHE_LINE),
+            *(self._scratch.data_ptr(), in_features // 2, self.out_features, self._threads),
         )
-        self._table = np.array([*self._constants[:3], *self._constants[4:6]], dtype=np.int64)
-        self.address = self._table.ctypes.data  # of weight, bias, its stride, pairs and columns
+        self._table = np.array([*self._constants[:4], *self._constants[5:7]], dtype=np.int64)
+        self.address = self._table.ctypes.data  # of weight, scale, bias, its stride, pairs and columns
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_rows, in_features] bfloat16 → [num_rows, out_features]."""
         x = x.contiguous()
         rows = x.shape[0]
         out = torch.empty((rows, self.out_features), dtype=torch.bfloat16)
-        multiply(x.data_ptr(), out.data_ptr(), rows, *self._constants)
+        multiply(self._form, x.data_ptr(), out.data_ptr(), rows, *self._constants)
         return out
+
+    def _by_column(self, values: Tensor | None) -> Tensor:
+        """In float32, zero beyond the last column; sixteen zeros for None."""
+        padded = torch.zeros(LANES if values is None else self._packed.shape[0] * LANES)
+        if values is not None:
+            padded[: self.out_features] = values
+        return padded
 
 
 def supports(weight: Tensor) -> bool:
     """True if `PackedLinear` takes this weight on this machine."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        and (weight.dtype == torch.bfloat16 or (weight.dtype == torch.int8 and _can_widen()))
         and weight.shape[1] % (2 * STEP) == 0
         and is_available()
     )
@@ -97,48 +119,64 @@ def supports(weight: Tensor) -> bool:
 def is_available() -> bool:
     """True if this processor has the instruction, and no tiles (AMX), which oneDNN knows better."""
     overridden = numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None
-    features = set(get_host_cpu_features().split(","))
-    return not overridden and "+avx512bf16" in features and "+amx-bf16" not in features
+    return not overridden and "+avx512bf16" in _features() and "+amx-bf16" not in _features()
+
+
+def _can_widen() -> bool:
+    return "+avx512vbmi" in _features()
 
 
 @cache
-def _sums(threads: int) -> Tensor:
-    return torch.empty(threads * SUMS_BYTES // 4)
+def _features() -> set[str]:
+    return set(get_host_cpu_features().split(","))
+
+
+@cache
+def scratch(threads: int) -> Tensor:
+    """Memory of so many threads while they multiply."""
+    return torch.empty(threads * SCRATCH_BYTES, dtype=torch.uint8)
 
 
 def _pack(weight: Tensor, threads: int) -> Tensor:
-    """[strips, pairs, 32]: a copy in strips; columns that fill the last one up are zero."""
+    """[strips, lines, ...]: a copy in strips; columns that fill the last one up are zero."""
     columns, width = weight.shape
     strips = -(-columns // LANES)
-    packed = torch.empty((strips, width // 2, 2 * LANES), dtype=weight.dtype)
+    pair, together = (torch.int32, 1) if weight.dtype == torch.bfloat16 else (torch.int16, 2)
+    packed = torch.empty((strips, width // 2 // together, LANES // _QUAD, together, _QUAD), dtype=pair)
     if columns % LANES:
         packed[-1] = 0
-    _interleave(weight.contiguous().view(torch.int32).numpy(), packed.view(torch.int32).numpy(), threads)
+    if weight.dtype == torch.int8:
+        weight = torch.where(weight < 0, -128 - weight, weight)  # the sign bit and the magnitude
+    _interleave(weight.contiguous().view(pair).numpy(), packed.numpy(), threads)
     return packed
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _interleave(rows: Pairs, packed: Pairs, threads: int) -> None:
-    """[columns, pairs] → [strips, pairs, 16]."""
+    """[columns, pairs] → [strips, pairs / n, 4, n, 4], n pairs a line."""
     columns, pairs = rows.shape
-    strips = packed.shape[0]
+    strips, together = packed.shape[0], packed.shape[3]
     for thread in prange(threads):
         for strip in range(strips * thread // threads, strips * (thread + 1) // threads):
             first = strip * LANES
             for pair in range(pairs):
+                line, place = pair // together, pair % together
                 for column in range(min(LANES, columns - first)):
-                    packed[strip, pair, column] = rows[first + column, pair]
+                    quad, lane = column // _QUAD, column % _QUAD
+                    packed[strip, line, quad, place, lane] = rows[first + column, pair]
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def multiply(
+    form: Form,
     x: Address,
     out: Address,
     rows: int,
     weight: Address,
+    scale: Address,
     bias: Address,
     bias_stride: int,
-    sums: Address,
+    scratch: Address,
     pairs: int,
     columns: int,
     threads: int,
@@ -146,28 +184,32 @@ def multiply(
     """The module's equation.
 
     Args:
+        form: of the weight
         x: address of [rows, 2 * pairs] bfloat16; out: address of [rows, columns]
-        weight: address of [strips, pairs, 16, 2]
+        weight: address of the strips
+        scale: address of a float32 for each column, if the form has one
         bias, bias_stride: address of a float32 for each column, and 64; or of sixteen zeros, and 0
-        sums: address of memory for `threads` threads
+        scratch: address of memory for `threads` threads
     """
     strips = -(-columns // LANES)
     for thread in prange(threads):
         multiply_strips(
-            *(x, out, rows, weight, bias, bias_stride, sums + thread * SUMS_BYTES, pairs, columns),
-            *(strips * thread // threads, strips * (thread + 1) // threads),
+            *(form, x, out, rows, weight, scale, bias, bias_stride, scratch + thread * SCRATCH_BYTES),
+            *(pairs, columns, strips * thread // threads, strips * (thread + 1) // threads),
         )
 
 
 @njit(cache=True, error_model="numpy")
 def multiply_strips(
+    form: Form,
     x: Address,
     out: Address,
     num_rows: int,
     weight: Address,
+    scale: Address,
     bias: Address,
     bias_stride: int,
-    sums: Address,
+    scratch: Address,
     pairs: int,
     columns: int,
     first: int,
@@ -179,44 +221,36 @@ def multiply_strips(
     chunks = 1 if is_few else -(-pairs // CHUNK_PAIRS)
     size = -(-pairs // (chunks * STEP)) * STEP  # pairs of a chunk
     at_once = 1 if is_few else 2  # strips
+    pair_bytes = 2 * LANES * item_size(form)  # of a strip
     for panel in range(panels):
         begin = num_rows * panel // panels
         height = num_rows * (panel + 1) // panels - begin
         blocks = 1 if is_few else -(-height // BLOCK_ROWS)
         for strip in range(first, last, at_once):
             for pair in range(0, pairs, size):
-                here = weight + (strip * pairs + pair) * CACHE_LINE
+                here = weight + (strip * pairs + pair) * pair_bytes
                 ends = pair + size >= pairs
-                following = here + (at_once * pairs - pair if ends else size) * CACHE_LINE
+                following = here + (at_once * pairs - pair if ends else size) * pair_bytes
                 for block in range(blocks):
                     row = height * block // blocks
                     rows = height * (block + 1) // blocks - row
                     stage = (FROM_SUMS if pair else 0) | (0 if ends else INTO_SUMS)
+                    stage |= WIDENED if block else 0
                     source = x + ((begin + row) * pairs + pair) * 4
-                    kept = sums + row * 2 * LANES * 4
+                    kept = scratch + _WIDE_BYTES + row * 2 * LANES * 4
                     target = out + ((begin + row) * columns + strip * LANES) * 2
                     if is_few or strip + 1 == last:
                         multiply_tile(
-                            *(_ONE, _FEW, _ONE, _FETCH, rows, source, pairs * 4, here, 0),
-                            *(min(size, pairs - pair), here + _AHEAD, kept, stage),
-                            *(bias + strip * bias_stride, bias_stride),
+                            *(form, _ONE, _FEW, _ONE, rows, source, pairs * 4, here, 0),
+                            *(min(size, pairs - pair), here + _AHEAD, scratch, kept, stage),
+                            *(scale + strip * CACHE_LINE, bias + strip * bias_stride, bias_stride),
                             *(target, columns * 2, columns - strip * LANES),
                         )
                     else:
-                        ahead = following + block * pairs * CACHE_LINE if block < 2 else here + _NEAR
+                        ahead = following + block * pairs * pair_bytes if block < 2 else here + _NEAR
                         multiply_tile(
-                            *(
-                                _LEAST,
-                                _BLOCK,
-                                _TWO,
-                                _FETCH,
-                                rows,
-                                source,
-                                pairs * 4,
-                                here,
-                                pairs * CACHE_LINE,
-                            ),
-                            *(min(size, pairs - pair), ahead, kept, stage),
-                            *(bias + strip * bias_stride, bias_stride),
+                            *(form, _LEAST, _BLOCK, _TWO, rows, source, pairs * 4, here, pairs * pair_bytes),
+                            *(min(size, pairs - pair), ahead, scratch, kept, stage),
+                            *(scale + strip * CACHE_LINE, bias + strip * bias_stride, bias_stride),
                             *(target, columns * 2, columns - strip * LANES),
                         )

@@ -2,12 +2,17 @@
 
 A strip is sixteen output columns, one vector; `product.py` says how weights lie in memory. The tile's size
 is known when the code is made, so one call emits the code of every size that it may meet, and branches.
+
+A weight of bytes is widened in registers: its magnitudes, 0 to 127, are exact in bfloat16 and choose the
+upper and the lower byte of it from two tables of 128; the sign bit is that of the number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -19,6 +24,7 @@ from loramux.engine.kernels.cpu.vector_ir import LANES, Builder, Value, Vectors
 STEP: Final = 2  # pairs that one turn of the inner loop takes; `pairs` is a multiple of it
 FROM_SUMS: Final = 1  # the tile goes on from `sums`
 INTO_SUMS: Final = 2  # the tile leaves its result in `sums`, unrounded and without the bias
+WIDENED: Final = 4  # the tile reads `wide` instead of a weight of bytes
 
 _I16: Final = ir.IntType(16)
 _I32: Final = ir.IntType(32)
@@ -27,15 +33,18 @@ _BYTE: Final = ir.IntType(8).as_pointer()
 _SUMS: Final = ir.VectorType(ir.FloatType(), LANES)
 _PAIRS: Final = ir.VectorType(_I32, LANES)  # each two bfloat16
 _HALVES: Final = ir.VectorType(_I16, LANES)
+_BYTES: Final = ir.VectorType(ir.IntType(8), CACHE_LINE)
+_SIGN: Final = ir.Constant(_BYTES, [0x80] * CACHE_LINE)
+_NUMBERS: Final = np.arange(128, dtype=np.float32).view(np.uint32) >> 16  # as bfloat16, exact
 
 
 @intrinsic
 def multiply_tile(
     typing: Any,
+    form: Any,
     least: Any,
     most: Any,
     strips: Any,
-    fetch: Any,
     num_rows: Any,
     x: Any,
     x_stride: Any,
@@ -43,29 +52,34 @@ def multiply_tile(
     weight_stride: Any,
     pairs: Any,
     ahead: Any,
+    wide: Any,
     sums: Any,
     stage: Any,
+    scale: Any,
     bias: Any,
     bias_stride: Any,
     out: Any,
     out_stride: Any,
     columns: Any,
 ) -> tuple[Any, Any]:
-    """out[r, c] = round(sum over k of x[r, k] * weight[k, c] + bias[c]), r < num_rows, c < columns.
+    """out[r, c] = round(scale[c] * sum over k of x[r, k] * weight[k, c] + bias[c]).
 
     Sums are float32, in the order of k whatever the tile's size. Addresses and strides are bytes.
 
     Args:
+        form: of the weight, as a type: BFLOAT16 (then there is no scale) or INT8
         least, most: bounds of num_rows, as `units`
         strips: of the tile, as `units`
-        fetch: cache lines to ask for with every STEP pairs, as `units`
         num_rows: rows of the tile
         x, x_stride: the first row's first pair; from one row to the next
         weight, weight_stride: the first strip's first pair; from one strip to the next
         pairs: how many pairs of k
-        ahead: address of what is asked for meanwhile
+        ahead: address of what is asked for meanwhile, as many bytes as one strip has
+        wide: address of the same strips in bfloat16, one behind the other: where a tile of several strips
+            leaves a weight of bytes, or finds it, if `stage` says so
         sums: address of [most, strips * 16] float32, used as `stage` says
-        stage: FROM_SUMS and INTO_SUMS, or neither
+        stage: any of FROM_SUMS, INTO_SUMS, WIDENED
+        scale: the first strip's sixteen float32, followed by the next one's
         bias, bias_stride: the first strip's sixteen float32; from one strip to the next
         out, out_stride: the first row's first column; from one row to the next
         columns: how many may be written, from the first strip's first one on
@@ -79,12 +93,12 @@ def multiply_tile(
             block = builder.append_basic_block(f"rows_{count}")
             switch.add_case(ir.Constant(_I64, count), block)
             builder.position_at_end(block)
-            _Tile(builder, count, strips.count, fetch.count, *rest).emit()
+            _Tile(builder, form, count, strips.count, *rest).emit()
             builder.branch(end)
         builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(least, most, strips, fetch, *[types.int64] * 14), codegen
+    return types.void(form, least, most, strips, *[types.int64] * 16), codegen
 
 
 class _Tile:
@@ -93,17 +107,19 @@ class _Tile:
     def __init__(
         self,
         builder: Builder,
+        form: types.Type,
         rows: int,
         strips: int,
-        fetch: int,
         x: Value,
         x_stride: Value,
         weight: Value,
         weight_stride: Value,
         pairs: Value,
         ahead: Value,
+        wide: Value,
         sums: Value,
         stage: Value,
+        scale: Value,
         bias: Value,
         bias_stride: Value,
         out: Value,
@@ -111,16 +127,37 @@ class _Tile:
         columns: Value,
     ) -> None:
         self.b, self.v = builder, Vectors(builder)
+        self.is_bytes = form == types.int8
         self.cells = [(row, strip) for row in range(rows) for strip in range(strips)]
         self.x = [self._at(x, x_stride, row) for row in range(rows)]
         self.weight = [self._at(weight, weight_stride, strip) for strip in range(strips)]
+        wide_stride = builder.mul(pairs, self.v.i64(CACHE_LINE))
+        self.wide = [self._at(wide, wide_stride, strip) for strip in range(strips)]
+        self.scale = [self._at(scale, self.v.i64(CACHE_LINE), strip) for strip in range(strips)]
         self.bias = [self._at(bias, bias_stride, strip) for strip in range(strips)]
         self.out = [self._at(out, out_stride, row) for row in range(rows)]
-        self.fetch, self.ahead = fetch, ahead
-        self.pairs, self.sums, self.stage, self.columns = pairs, sums, stage, columns
+        self.lines = form.bitwidth * 2 * LANES * STEP // 8 // CACHE_LINE  # of a strip that a turn reads
+        self.ahead, self.pairs, self.sums, self.stage, self.columns = ahead, pairs, sums, stage, columns
 
     def emit(self) -> None:
-        """The whole tile: begin, multiply, end."""
+        """The whole tile, from where its weight lies."""
+        if not self.is_bytes:
+            self._multiply(lambda pair: self._words(self.weight, pair))
+        elif len(self.weight) == 1:
+            self._multiply(self._widened)
+        else:
+            with self.b.if_else(self._has(WIDENED)) as (then, otherwise):
+                with then:
+                    self._multiply(lambda pair: self._words(self.wide, pair))
+                with otherwise:
+                    self._multiply(self._widened_and_kept)
+
+    def _multiply(self, vectors: Callable[[Value], list[list[Value]]]) -> None:
+        """Begin, multiply, end.
+
+        Args:
+            vectors: emits STEP pairs of all strips, [STEP][strips]
+        """
         first = self._begin()
         before = self.b.block
         loop = self.b.append_basic_block("pairs")
@@ -130,7 +167,7 @@ class _Tile:
         pair = self.b.phi(_I64)
         totals = [self.b.phi(_SUMS) for _ in self.cells]
         following = self.b.add(pair, self.v.i64(STEP))
-        found = self._step(pair, list(totals))
+        found = self._step(pair, list(totals), vectors(pair))
         for phi, start, again in zip(
             (pair, *totals), (self.v.i64(0), *first), (following, *found), strict=True
         ):
@@ -153,27 +190,67 @@ class _Tile:
                 self.b.store(self.v.load(self.sums, self.v.i64(i * LANES), types.float32), slot)
         return [self.b.load(slot) for slot in slots]
 
-    def _step(self, pair: Value, totals: list[Value]) -> list[Value]:
-        """STEP pairs: each strip's vector is loaded once, each row's pair once into every lane."""
+    def _step(self, pair: Value, totals: list[Value], vectors: list[list[Value]]) -> list[Value]:
+        """STEP pairs: each row's pair once into every lane."""
         for offset in range(STEP):
             index = self.b.add(pair, self.v.i64(offset))
-            vectors = [self._load(start, index, _PAIRS, CACHE_LINE) for start in self.weight]
             values = [self._splat(self._load(start, index, _I32, 4)) for start in self.x]
             for i, (row, strip) in enumerate(self.cells):
-                totals[i] = self.v.dot(totals[i], values[row], vectors[strip], types.uint16)
-        begin = self.b.sdiv(self.b.mul(pair, self.v.i64(self.fetch * CACHE_LINE)), self.v.i64(STEP))
-        for line in range(self.fetch):
+                totals[i] = self.v.dot(totals[i], values[row], vectors[offset][strip], types.uint16)
+        begin = self.b.sdiv(self.b.mul(pair, self.v.i64(self.lines * CACHE_LINE)), self.v.i64(STEP))
+        for line in range(self.lines):
             self.v.prefetch(self.b.add(self.ahead, begin), line * CACHE_LINE)
         return totals
 
+    def _words(self, starts: list[Value], pair: Value) -> list[list[Value]]:
+        """Pairs of bfloat16, as they lie."""
+        indices = [self.b.add(pair, self.v.i64(offset)) for offset in range(STEP)]
+        return [[self._load(start, index, _PAIRS, CACHE_LINE) for start in starts] for index in indices]
+
+    def _widened(self, pair: Value) -> list[list[Value]]:
+        """Pairs of bytes, STEP a line, as pairs of bfloat16."""
+        line = self.b.sdiv(pair, self.v.i64(STEP))
+        strips = [self._widen(self._load(start, line, _BYTES, CACHE_LINE)) for start in self.weight]
+        return [list(vectors) for vectors in zip(*strips, strict=True)]
+
+    def _widened_and_kept(self, pair: Value) -> list[list[Value]]:
+        """The same, left in `wide` for the rows that follow."""
+        vectors = self._widened(pair)
+        for offset, strips in enumerate(vectors):
+            index = self.b.add(pair, self.v.i64(offset))
+            for start, vector in zip(self.wide, strips, strict=True):
+                self.b.store(vector, self._address(start, index, _PAIRS, CACHE_LINE), align=CACHE_LINE)
+        return vectors
+
+    def _widen(self, numbers: Value) -> list[Value]:
+        """A line of signs and magnitudes to STEP vectors; `product.py` says in which order bytes lie."""
+        tables = [
+            [ir.Constant(_BYTES, [int(byte) for byte in half]) for half in (table[:64], table[64:])]
+            for table in (_NUMBERS & 0xFF, _NUMBERS >> 8)
+        ]
+        low, high = (self.v.choose_bytes(numbers, *halves) for halves in tables)
+        high = self.b.or_(high, self.b.and_(numbers, _SIGN))
+        vectors = []
+        for offset in range(STEP):
+            lanes = [16 * (i // 16) + 8 * offset + i % 16 // 2 + i % 2 * 64 for i in range(CACHE_LINE)]
+            mask = ir.Constant(ir.VectorType(_I32, CACHE_LINE), lanes)
+            vectors.append(self.b.bitcast(self.b.shuffle_vector(low, high, mask), _PAIRS))
+        return vectors
+
     def _end(self, totals: list[Value]) -> None:
-        """Add the bias, round, and write the columns that exist."""
+        """Scale, add the bias, round, and write the columns that exist."""
         biases = [self.v.load(start, self.v.i64(0), types.float32) for start in self.bias]
         lanes = [ir.Constant(_PAIRS, [i * LANES + j for j in range(LANES)]) for i in range(len(self.bias))]
         limit = self._splat(self.b.trunc(self.columns, _I32))
         exists = [self.b.icmp_signed("<", lane, limit) for lane in lanes]
         kind = ir.FunctionType(ir.VoidType(), [_HALVES, _HALVES.as_pointer(), _I32, exists[0].type])
         write = cgutils.get_or_insert_function(self.b.module, kind, "llvm.masked.store.v16i16.p0")
+        if self.is_bytes:
+            scales = [self.v.load(start, self.v.i64(0), types.float32) for start in self.scale]
+            totals = [
+                self.b.fmul(total, scales[strip])
+                for (_, strip), total in zip(self.cells, totals, strict=True)
+            ]
         for (row, strip), total in zip(self.cells, totals, strict=True):
             rounded = self.v.narrow(self.b.fadd(total, biases[strip]))
             target = self.b.inttoptr(
@@ -182,9 +259,12 @@ class _Tile:
             self.b.call(write, [rounded, target, ir.Constant(_I32, 2), exists[strip]])
 
     def _load(self, start: Value, index: Value, kind: Any, size: int) -> Value:
+        return self.b.load(self._address(start, index, kind, size), align=size)
+
+    def _address(self, start: Value, index: Value, kind: Any, size: int) -> Value:
         """Through an index: sixteen addresses that each move on do not fit the registers."""
         address = self.b.gep(self.b.inttoptr(start, _BYTE), [self.b.mul(index, self.v.i64(size))])
-        return self.b.load(self.b.bitcast(address, kind.as_pointer()), align=size)
+        return self.b.bitcast(address, kind.as_pointer())
 
     def _splat(self, value: Value) -> Value:
         undefined = ir.Constant(_PAIRS, ir.Undefined)

@@ -122,6 +122,10 @@ class Vectors:
         second = [self.b.bitcast(self.b.and_(word, upper), _VEC) for word in (x, y)]
         return self.fma(second[0], second[1], self.fma(first[0], first[1], total))
 
+    def choose_bytes(self, index: Value, first: Value, second: Value) -> Value:
+        """64 bytes of the table [first, second] of 128; indices are bytes, whose top bit is ignored."""
+        return self._call("llvm.x86.avx512.vpermi2var.qi.512", index.type, [first, index, second])
+
     def store_half(self, target: Value, source: Value, index: Value, half: int) -> None:
         """Sixteen 16-bit elements into the lower (0) or upper (1) halves of words, the others untouched."""
         bits = self.b.load(self._pointer(source, index, is_half=True), align=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loramux.engine.kernels.cpu import product
-from loramux.engine.kernels.cpu.lora import LoraKernel
+from loramux.engine.kernels.cpu.lora import LoraKernel, product_code
 from loramux.engine.kernels.lora import Segment, SiteLanes, apply_lora, plan_lora, reference_lora
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -113,15 +113,19 @@ def test_parts_without_weights_are_not_read(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not product.is_available(), reason="needs AVX512-BF16")
+@pytest.mark.parametrize("form", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("num_rows", [1, 9, 16, 17, 40])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("widths", "in_features"), SHAPES.values(), ids=SHAPES)
 def test_a_product_in_the_same_call_yields_the_same_bits(
-    widths: list[int], in_features: int, num_rows: int, *, has_bias: bool
+    widths: list[int], in_features: int, num_rows: int, form: torch.dtype, *, has_bias: bool
 ) -> None:
     pool = site(torch.bfloat16, widths, in_features)
-    weight = torch.randn(sum(widths), in_features).bfloat16()
-    linear = product.PackedLinear(weight, torch.randn(sum(widths)).bfloat16() if has_bias else None)
+    weight = (torch.randn(sum(widths), in_features) * (1 if form == torch.bfloat16 else 30)).to(form)
+    if not product.supports(weight):
+        pytest.skip("needs AVX512-VBMI")
+    bias = torch.randn(sum(widths)).bfloat16() if has_bias else None
+    linear = product.PackedLinear(weight, bias, torch.rand(sum(widths)) if form == torch.int8 else None)
     x = torch.randn(num_rows, in_features).bfloat16()
     crowd = [Segment(0, 1, 0, 11), Segment(1, 6, 16, 40), Segment(7, 16, 56, 8), Segment(17, 40, 64, 32)]
     segments = [s for s in crowd if s.end <= num_rows]
@@ -134,7 +138,7 @@ def test_a_product_in_the_same_call_yields_the_same_bits(
         assert plan is not None
         assert plan.rows is not None
         for _ in range(3):  # threads meet again and again
-            assert torch.equal(plan.rows.multiply(linear, x, pool.address), wanted)
+            assert torch.equal(plan.rows.multiply(product_code(form), linear, x, pool.address), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
