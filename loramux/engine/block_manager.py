@@ -34,6 +34,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.num_touched = 0  # this block and those above it have never been handed out
         self._refs = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}  # block -> hash, for blocks offered to the cache
         self._block_of: dict[bytes, int] = {}  # the inverse
@@ -119,6 +120,7 @@ class BlockManager:
         assert not cached & used
         assert free | cached | used == set(range(self.num_blocks))
         assert cached <= set(self._hash_of)
+        assert max(cached | used, default=-1) < self.num_touched
         assert not free & set(self._hash_of)
         assert set(self._owner_of) == set(self._hash_of)
         assert {block: h for h, block in self._block_of.items()} == self._hash_of
@@ -126,6 +128,7 @@ class BlockManager:
     def _take(self) -> int:
         if self._free:
             block = self._free.pop()
+            self.num_touched = max(self.num_touched, block + 1)
         else:
             block, _ = self._cached.popitem(last=False)
             self._unpublish(block)

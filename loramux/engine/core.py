@@ -184,6 +184,10 @@ class Engine:
             self.residency.advance()  # the scheduler may just have asked for an adapter
             self.grammars.wait(STALLED_WAIT_S, self.residency.wake_fd)
 
+    def page_ahead(self) -> bool:
+        """Use an idle moment to prepare KV blocks for what will come; True if there is more to do."""
+        return self.runner.page_ahead(self.scheduler.blocks.num_touched)
+
     def take_failures(self) -> list[tuple[str, LoramuxError]]:
         """Sequences that ended because their adapter or their grammar failed, since the last call."""
         failures, self._failures = self._failures, []

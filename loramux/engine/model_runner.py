@@ -41,11 +41,16 @@ from loramux.engine.types import AdapterSpec
 
 logger = logging.getLogger(__name__)
 
+PAGED_STEPS = 2  # steps' worth of KV blocks that have memory before they are needed
+PAGED_AT_ONCE = 8  # blocks that get it between two looks for work
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class ModelRunner:
     """Owns everything that lies on the device."""
+
+    _num_paged: int  # KV blocks that have memory
 
     def __init__(
         self,
@@ -161,6 +166,28 @@ class ModelRunner:
         """Compute this rank's part of a step that rank 0 launches."""
         self._steps.follow(batch, self.tables)
 
+    @torch.inference_mode()
+    def page_ahead(self, num_touched: int) -> bool:
+        """Make some of the KV blocks resident that will be handed out next.
+
+        Memory that is written for the first time costs the step that writes it: 10 ms of a prompt's 300.
+
+        Args:
+            num_touched: this block and those above it have never been handed out.
+
+        Returns:
+            True if there is more to do.
+        """
+        begin = max(self._num_paged, num_touched)
+        end = min(begin + PAGED_AT_ONCE, num_touched + self._pages_ahead, self.num_kv_blocks)
+        if begin >= end:
+            return False
+        for cache in self._caches:
+            cache.k[begin:end].zero_()
+            cache.v[begin:end].zero_()
+        self._num_paged = end
+        return True
+
     def forget_adapter(self, digest: str) -> None:
         """An adapter's host weights are freed; here they are the caller's."""
 
@@ -224,9 +251,12 @@ class ModelRunner:
                 peers=self._peers,
             )
         self.num_kv_blocks = self._size_kv_cache(config, start.reserves() if start else [])
-        caches = [attention.empty_cache(self.num_kv_blocks) for _ in range(num_layers)]
+        self._caches = [attention.empty_cache(self.num_kv_blocks) for _ in range(num_layers)]
+        self._num_paged = 0
+        tokens_ahead = PAGED_STEPS * config.max_num_batched_tokens if self.device.type == "cpu" else 0
+        self._pages_ahead = tokens_ahead // config.block_size
         if start is not None:
-            steps: Steps = start.begin(caches)
+            steps: Steps = start.begin(self._caches)
             return steps
         builder = InputBuilder(
             attention=attention,
@@ -235,7 +265,7 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
-        return TorchSteps(self.model, caches, builder, vocab_size=vocab_size, seed=config.seed)
+        return TorchSteps(self.model, self._caches, builder, vocab_size=vocab_size, seed=config.seed)
 
     def _size_kv_cache(self, config: EngineConfig, reserves: list[tuple[str, int]]) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""

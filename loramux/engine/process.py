@@ -62,7 +62,8 @@ class EngineProcess:
         """Take in everything that has arrived; with `wait`, sleep until something does."""
         if wait:
             self._send()
-            if not self._poller.poll(int(HEARTBEAT_S * 1000)):
+            is_idle = not self._poller.poll(0) and not self.engine.page_ahead()
+            if is_idle and not self._poller.poll(int(HEARTBEAT_S * 1000)):
                 self.engine.grammars.warm_up()  # idle: the best time for it
         while self._socket.poll(0):
             for message in messages.decode_to_engine(self._socket.recv()):

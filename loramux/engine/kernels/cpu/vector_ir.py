@@ -26,6 +26,7 @@ _VEC: Final = ir.VectorType(_F32, LANES)
 _VEC_I16: Final = ir.VectorType(_I16, LANES)
 _VEC_I32: Final = ir.VectorType(_I32, LANES)
 
+_HAS_WIDE_VECTORS: Final = binding.get_host_cpu_features().get("avx512f", False)
 _HAS_PAIR_PRODUCTS: Final = binding.get_host_cpu_features().get("avx512bf16", False)
 
 Builder = Any
@@ -151,6 +152,17 @@ class Vectors:
         """The larger of both in each lane."""
         return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
 
+    def smaller(self, x: Value, y: Value) -> Value:
+        """The smaller of both in each lane."""
+        return self.b.select(self.b.fcmp_ordered("<", x, y), x, y)
+
+    def rough_inverse(self, x: Value) -> Value:
+        """1 / x, relative error under 7e-5, where the machine has an operation for it; else 1 / x."""
+        if not _HAS_WIDE_VECTORS:
+            return self.b.fdiv(self.const(1.0), x)
+        every = ir.Constant(_I16, -1)
+        return self._call("llvm.x86.avx512.rcp14.ps.512", _VEC, [x, x, every])
+
     def max(self, value: Value) -> Value:
         """The largest lane."""
         return self._call("llvm.vector.reduce.fmax.v16f32", _F32, [value])
@@ -180,7 +192,7 @@ class Vectors:
         return self.b.fmul(y, scale)
 
     def rough_exp2(self, x: Value) -> Value:
-        """2 to the x for x <= 0, relative error under 8e-5, a twentieth of bfloat16's.
+        """2 to the x for x < 127, relative error under 8e-5, a twentieth of bfloat16's.
 
         The cubic is fitted to 2^x on [0, 1) for the least relative error.
         """
