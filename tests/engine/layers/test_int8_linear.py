@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.layers import int8_linear
 from loramux.engine.layers.int8_linear import INT8_MAX, Int8Linear, quantize_weight
@@ -88,6 +89,11 @@ def test_the_flag_chooses_the_form_of_layers_and_head() -> None:
     assert isinstance(make_head(weight, "fp8"), Linear)
     assert isinstance(make_head(weight, None), Linear)
     assert not can_hold_lanes("int8")
+
+
+def test_another_form_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="--quantization must be one of fp8, int8, got 'int4'"):
+        EngineConfig(model="m", quantization="int4")
 
 
 def test_another_device_is_refused() -> None:
