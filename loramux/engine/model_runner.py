@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import time
 from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +39,11 @@ from loramux.engine.step import RunningStep, ScheduledBatch, Steps
 from loramux.engine.step_buffers import StepLimits, step_limits
 from loramux.engine.torch_step import TorchSteps
 from loramux.engine.types import AdapterSpec
+from loramux.engine.warm_up import warm_up_batches
 
 logger = logging.getLogger(__name__)
 
+COMPILED_S = 1.0  # a warm-up that takes longer has compiled
 PAGED_STEPS = 2  # steps' worth of KV blocks that have memory before they are needed
 PAGED_AT_ONCE = 8  # blocks that get it between two looks for work
 
@@ -265,7 +268,20 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
-        return TorchSteps(self.model, self._caches, builder, vocab_size=vocab_size, seed=config.seed)
+        torch_steps = TorchSteps(self.model, self._caches, builder, vocab_size=vocab_size, seed=config.seed)
+        if self._peers is None:
+            self._warm_up(torch_steps, config)
+        return torch_steps
+
+    @torch.inference_mode()
+    def _warm_up(self, steps: TorchSteps, config: EngineConfig) -> None:
+        started = time.monotonic()
+        max_tokens = min(self.max_model_len, self.num_kv_blocks * config.block_size)
+        has_lanes = self.lanes.num_lanes > 0
+        steps.warm_up(warm_up_batches(max_tokens, config.block_size, with_lanes=has_lanes))
+        seconds = time.monotonic() - started
+        if seconds > COMPILED_S:
+            logger.info("compiled kernels for this processor in %.1f s; they are kept on disk", seconds)
 
     def _size_kv_cache(self, config: EngineConfig, reserves: list[tuple[str, int]]) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llguidance import LLTokenizer
@@ -79,6 +79,12 @@ class TorchSteps:
             found = prompt_logprobs(logits, inputs.order, inputs.logits_rows)
             self._last = self._sample(logits, inputs, masks.result() if masks else None, found)
         return DoneStep(self._last)
+
+    def warm_up(self, batches: Iterable[ScheduledBatch]) -> None:
+        """Compute steps of which nothing remains."""
+        for batch in batches:
+            self.launch(batch, {}, None)
+        self._last = StepResult({})
 
     def follow(self, batch: ScheduledBatch, tables: Mapping[str, AdapterTables]) -> None:
         """Compute this rank's part of a step that rank 0 launches; only rank 0 samples."""
