@@ -45,6 +45,7 @@ def start(stack: ExitStack, args: argparse.Namespace) -> list[Case]:
     """Start the servers; they end with the stack."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     common = [str(args.model), "--served-model-name", "base", "--dtype", args.dtype]
+    common += [] if args.quantization is None else ["--quantization", args.quantization]
     adapters = {
         f"a{i}": write_adapter(folder / f"a{i}", args.model, rank=r, seed=i) for i, r in enumerate(RANKS)
     }
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **describe(),
         "model": args.model.name,
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "rounds": args.rounds,
     }
     seeds = itertools.count(args.seed)  # a seed twice would be a prefix cache hit
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a Llama-shaped model folder")
     parser.add_argument("--name", default="serve", help="of the files under results/")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", default=None, help="of the servers' weights: int8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prefill-len", type=int, default=1024)

@@ -43,13 +43,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _headline(result: dict[str, Any]) -> str:
     where, versions = result["hardware"], result["versions"]
+    weights = result["quantization"]
+    dtype = result["dtype"] if weights is None else f"{result['dtype']}, weights {weights}"
     facts = (
         f"{where['gpu'] or where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, "
         f"load average {where['load_before']} before",
         f"torch {versions['torch']}, Python {versions['python']}",
         f"commit {(result['commit'] or '?')[:10]}{'+' if result['uncommitted_changes'] else ''}",
         result["date"],
-        f"{result['model']} {result['dtype']}, 128 tokens in, 128 out, median of {result['rounds']} rounds",
+        f"{result['model']} {dtype}, 128 tokens in, 128 out, median of {result['rounds']} rounds",
     )
     return "; ".join(facts)
 

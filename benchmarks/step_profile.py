@@ -176,16 +176,17 @@ def floors(engine: Engine, case: Case, floor: MachineFloor) -> dict[str, float]:
     """The least seconds of the phases that have much to read or to compute."""
     c = engine.runner.model_config
     size = engine.runner.dtype.itemsize
+    weight_size = 1 if engine.config.quantization == "int8" else size
     found = {
         site.name: c.num_layers
         * floor.seconds(
-            site.in_features * site.out_features * size,
+            site.in_features * site.out_features * weight_size,
             2 * case.tokens * site.in_features * site.out_features,
         )
         for site in c.sites
     }
     head = c.vocab_size * c.embed_dim
-    found[HEAD] = floor.seconds(head * size, 2 * case.sequences * head)
+    found[HEAD] = floor.seconds(head * weight_size, 2 * case.sequences * head)
     context = PREFILL / 2 if case.prompt else PROMPT + STEPS / 2
     pairs = case.tokens * context  # of a query with a key
     kv_bytes = case.sequences * context * 2 * c.num_kv_heads * c.head_dim * size
@@ -251,12 +252,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--operators", action="store_true", help="also torch's table of operators")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--quantization", default=None, help="of the weights: int8")
     parser.add_argument("--name", default="step_profile-cpu")
     args = parser.parse_args()
     rng = random.Random(0)
     about = describe()
+    options = {"num_threads": args.threads, "quantization": args.quantization}
     with tempfile.TemporaryDirectory() as root:
-        engine, adapters = start(args.model, Path(root), {"num_threads": args.threads})
+        engine, adapters = start(args.model, Path(root), options)
         floor = measure_floor(engine.runner.dtype)
         measured = []
         for case in CASES:
@@ -271,7 +274,7 @@ def main() -> None:
         found = [report(*one, floors(engine, one[0], floor)) for one in measured]
         engine.close()
     limits = {"bytes_per_s": floor.bytes_per_s, "flops_per_s": floor.flops_per_s}
-    result = {**about, "threads": torch.get_num_threads(), "floor": limits, "cases": found}
+    result = {**about, **options, "threads": torch.get_num_threads(), "floor": limits, "cases": found}
     (RESULTS / f"{args.name}.json").write_text(json.dumps(result, indent=1))
 
 

@@ -146,7 +146,7 @@ def _pack(weight: Tensor, threads: int) -> Tensor:
     if columns % LANES:
         packed[-1] = 0
     if weight.dtype == torch.int8:
-        weight = torch.where(weight < 0, -128 - weight, weight)  # the sign bit and the magnitude
+        weight = weight.abs().bitwise_or_(weight & -128)  # the magnitude, and the sign bit
     _interleave(weight.contiguous().view(pair).numpy(), packed.numpy(), threads)
     return packed
 
