@@ -18,6 +18,7 @@ from loramux.engine.adapters.lane_memory import LaneLayout
 from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.packed import HostWeights
 from loramux.engine.adapters.transfer import LaneTransfer
+from loramux.engine.adapters.unpacking import LaneUnpacker
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.attention_backend import attention_shape, make_attention, steps_in_triton
 from loramux.engine.config import EngineConfig
@@ -107,7 +108,8 @@ class ModelRunner:
     @property
     def max_host_lora_bytes(self) -> int | None:
         """Bytes of adapters to keep in host memory, on all ranks; None = as configured."""
-        return None if self._transfer is None else self._transfer.max_host_bytes * self._shard.size
+        own = None if self._transfer is None else self._transfer.max_host_bytes
+        return None if own is None else own * self._shard.size
 
     @torch.inference_mode()
     def read_adapter(self, spec: AdapterSpec) -> HostWeights:
@@ -229,10 +231,12 @@ class ModelRunner:
         shared = "" if size == 1 else f" / {size} ranks"
         return MemoryBudget(limit=num_bytes // size, origin=f"--kv-cache-bytes{shared}")
 
-    def _open_transfer(self, host_bytes: int) -> LaneTransfer | None:
-        """How adapters come into lanes by Triton's kernels; None where torch copies them."""
-        if not self._uses_triton or self.lanes.num_lanes == 0:
+    def _open_transfer(self, host_bytes: int) -> LaneTransfer | LaneUnpacker | None:
+        """How adapters come into lanes by a kernel; None where torch copies them."""
+        if self.lanes.num_lanes == 0:
             return None
+        if not self._uses_triton:
+            return LaneUnpacker(self.lanes, self._shard) if self.lanes.kernel is not None else None
         transfer: LaneTransfer = _gpu().lane_transfer(
             self.lanes, self._shard, host_bytes=host_bytes, device=self.device
         )
@@ -297,7 +301,7 @@ class ModelRunner:
         )
         budget = self._cpu_budget(config.kv_cache_bytes)
         if self.device.type == "cuda":
-            staging = self._transfer.staging_bytes if self._transfer else 0
+            staging = self._transfer.staging_bytes if isinstance(self._transfer, LaneTransfer) else 0
             parts = [("adapter lanes", self.lanes.nbytes), ("adapter staging", staging)]
             budget = gpu_budget(self.device, config.gpu_memory_utilization, parts=parts, reserves=reserves)
         if self._peers is not None:

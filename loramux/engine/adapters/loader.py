@@ -1,6 +1,6 @@
 """Moves adapters up the tiers in a thread of its own, so that the step loop never waits for a file.
 
-safetensors and torch release the interpreter while they read, convert and copy. The thread has the step
+Reading and unpacking go on without the interpreter (`unpacking.py`, `transfer.py`). The thread has the step
 loop's own priority: one that steps back may be made to wait while it holds the interpreter, and the loop
 with it. What is finished waits in a queue; a byte on a socket pair wakes a loop that sleeps in a poll.
 """

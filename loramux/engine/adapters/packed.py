@@ -1,26 +1,28 @@
 """An adapter's bytes as they lie in its files, and the table of how they become lanes.
 
-On a GPU an adapter is not unpacked on the host: the part of its files that holds tensors is read into
-page-locked memory, copied to the device in large pieces, and one kernel turns it into lanes (see
-`transfer.py`). `Column` says what the table holds: a row for each A and each B of the model. Adapters
-that change more than linear layers, or do it by DoRA, are read by `weights.py` on every device.
+The part of an adapter's files that holds tensors is read as it is, and one kernel turns it into lanes: on a
+GPU (see `transfer.py`), where it is copied to the device in large pieces, or on a CPU (`unpacking.py`).
+`Column` says what the table holds: a row for each A and each B of the model. Adapters that change more than
+linear layers, or do it by DoRA, are read by `weights.py` on every device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from loramux.engine.adapters.arena import HostArena, HostBytes
+from loramux.engine.adapters.arena import HostBytes
 from loramux.engine.adapters.files import AdapterFiles
 from loramux.engine.adapters.weights import HostAdapter, LanePool
+from loramux.engine.errors import AdapterIncompatible
 from loramux.engine.parallel.shard import Shard
 from loramux.engine.types import AdapterSpec, LoraModule, TensorRef
 
@@ -69,6 +71,21 @@ class PackedAdapter:
         """Bytes held, on every rank."""
         return self.memory.nbytes + self.other_ranks_bytes
 
+    def check(self, flags: npt.NDArray[Any], dtype: torch.dtype) -> None:
+        """What became of it in lanes.
+
+        Args:
+            flags: [rows]: not 0 where a number was not finite in the lanes' dtype
+
+        Raises:
+            AdapterIncompatible: one was not.
+        """
+        bad = np.flatnonzero(flags)
+        if len(bad):
+            raise AdapterIncompatible(
+                f"tensor {self.keys[bad[0]]} of the adapter holds numbers that are not finite in {dtype}"
+            )
+
     def batches(self, limit: int) -> Iterator[Batch]:
         """All rows, in batches that read at most `limit` bytes."""
         rank, item = self.table[:, Column.RANK], ITEM_BYTES[self.table[:, Column.KIND]]
@@ -91,8 +108,18 @@ HostWeights = HostAdapter | PackedAdapter
 class AdapterPacker:
     """Reads adapters for one pool of lanes."""
 
-    def __init__(self, pool: LanePool, shard: Shard, arena: HostArena, threads: Executor) -> None:
-        self._arena = arena
+    def __init__(
+        self,
+        pool: LanePool,
+        shard: Shard,
+        allocate: Callable[[int], HostBytes],
+        threads: Executor | None = None,
+    ) -> None:
+        """Args:
+        allocate: memory for so many bytes
+        threads: that read the pieces of a file side by side; None = the calling thread does
+        """
+        self._allocate = allocate
         self._threads = threads
         self._modules: dict[str, int] = {}  # path -> row of its A in the template; its B is the next
         rows: list[list[int]] = []
@@ -144,19 +171,27 @@ class AdapterPacker:
             row = self._modules[module.module]
             keys[row : row + 2] = module.a.key, module.b.key
         order = np.argsort(table[:, Column.SOURCE], kind="stable")
-        memory = self._arena.allocate(max(place.base + place.end - place.begin for place in places.values()))
+        memory = self._allocate(max(place.base + place.end - place.begin for place in places.values()))
         with AdapterFiles(spec) as files:
             reads = [
-                self._threads.submit(files.read_into, name, place.begin + start - place.base, part)
+                (name, place.begin + start - place.base, part)
                 for name, place in places.items()
                 for start, part in memory.parts(
                     place.base, place.base + place.end - place.begin, at_most=CHUNK_BYTES
                 )
             ]
-            errors = [error for read in reads if (error := read.exception()) is not None]
-            if errors:
-                raise errors[0]
+            self._read_all(files, reads)
         return PackedAdapter(spec.digest, spec.rank, memory, table[order], [keys[row] for row in order])
+
+    def _read_all(self, files: AdapterFiles, reads: list[tuple[str, int, Tensor]]) -> None:
+        if self._threads is None:
+            for read in reads:
+                files.read_into(*read)
+            return
+        ends = [self._threads.submit(files.read_into, *read) for read in reads]
+        errors = [error for end in ends if (error := end.exception()) is not None]
+        if errors:
+            raise errors[0]
 
     def _table(self, modules: list[LoraModule], places: dict[str, _Place]) -> npt.NDArray[np.int64]:
         table = self._template.copy()

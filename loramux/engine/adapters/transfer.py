@@ -21,7 +21,6 @@ from loramux.engine.adapters.arena import HostArena
 from loramux.engine.adapters.lanes import LaneSpan
 from loramux.engine.adapters.packed import CHUNK_BYTES, AdapterPacker, Column, HostWeights, PackedAdapter
 from loramux.engine.adapters.weights import HostAdapter, LanePool
-from loramux.engine.errors import AdapterIncompatible
 from loramux.engine.parallel.shard import Shard
 from loramux.engine.types import AdapterSpec
 
@@ -65,7 +64,7 @@ class LaneTransfer:
         self._scatter = scatter
         self._arena = HostArena(host_bytes, device)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
-        self._packer = AdapterPacker(pool, shard, self._arena, self._readers)
+        self._packer = AdapterPacker(pool, shard, self._arena.allocate, self._readers)
         is_gpu = device.type == "cuda"
         rows = self._packer.num_rows
         self._staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
@@ -113,12 +112,7 @@ class LaneTransfer:
             if self._stream is not None:
                 self._done.record(self._stream)
                 self._done.synchronize()
-        bad = np.flatnonzero(self._host_flags.numpy())
-        if len(bad):
-            raise AdapterIncompatible(
-                f"tensor {adapter.keys[bad[0]]} of the adapter holds numbers that are not finite in "
-                f"{self._pool.dtype}"
-            )
+        adapter.check(self._host_flags.numpy(), self._pool.dtype)
 
     def _write_packed(self, adapter: PackedAdapter, span: LaneSpan) -> None:
         table, batches = self._host_table.numpy(), list(adapter.batches(len(self._staging)))

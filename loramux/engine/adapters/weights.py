@@ -7,6 +7,7 @@ see a scale. What an adapter changes beyond linear layers is in its `AdapterTabl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -105,6 +106,11 @@ class LanePool:
     def any_lanes(self) -> Tensor:
         """Some lanes; of the same dtype as all of them."""
         return next(iter(self._sites.values())).a
+
+    @property
+    def sites(self) -> Iterable[SiteLanes]:
+        """The lanes of every site."""
+        return self._sites.values()
 
     def site(self, layer: int, name: str) -> SiteLanes | None:
         """The lanes of one site; None on a server without LoRA."""

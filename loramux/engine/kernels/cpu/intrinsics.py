@@ -25,6 +25,7 @@ BLOCK: Final = 16  # tokens of a KV block: one vector
 Dtype = np.uint16 | np.float32
 BFLOAT16: Final = np.uint16(0)  # uint16 holds bfloat16 bits
 INT8: Final = np.int8(0)  # of weights only
+FLOAT16: Final = np.int16(0)  # int16 holds float16 bits
 FLOAT32: Final = np.float32(0)
 Size = tuple[int, ...]
 Address = int

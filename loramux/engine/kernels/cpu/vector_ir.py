@@ -23,6 +23,7 @@ _I16: Final = ir.IntType(16)
 _I32: Final = ir.IntType(32)
 _I64: Final = ir.IntType(64)
 _VEC: Final = ir.VectorType(_F32, LANES)
+_VEC_F16: Final = ir.VectorType(ir.HalfType(), LANES)
 _VEC_I16: Final = ir.VectorType(_I16, LANES)
 _VEC_I32: Final = ir.VectorType(_I32, LANES)
 
@@ -65,9 +66,11 @@ class Vectors:
 
     def load(self, address: Value, index: Value, dtype: types.Type) -> Value:
         """Sixteen elements from `index` on, as float32."""
-        is_half = dtype == types.uint16
+        is_half = dtype in (types.uint16, types.int16)
         pointer = self._pointer(address, index, is_half=is_half)
         value = self.b.load(pointer, align=2 if is_half else 4)
+        if dtype == types.int16:  # bits of IEEE's half
+            return self.b.fpext(self.b.bitcast(value, _VEC_F16), _VEC)
         return self.widen(value) if is_half else value
 
     def store(self, address: Value, index: Value, value: Value, dtype: types.Type) -> None:
