@@ -43,6 +43,8 @@ import sys, threading
 
 import numpy as np
 
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16
+from loramux.engine.kernels.cpu.unpack import compile_for, unpack
 
 lanes, features = 64, 4096
 source, target = (np.zeros((lanes, features), dtype=np.uint16) for _ in range(2))
