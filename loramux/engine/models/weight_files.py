@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,7 @@ class WeightFile:
             UnsupportedModel: it cannot be read, or is not a safetensors file.
         """
         self.path = path
+        self._begins = self._ends = 0  # addresses of what was mapped
         try:
             self._mapped: Any = safe_open(path, framework="pt")  # checks the header, too
             self.fd = os.open(path, os.O_RDONLY)
@@ -63,8 +67,11 @@ class WeightFile:
         return StoredTensor(_DTYPES[own["dtype"]], tuple(own["shape"]), self._begin + own["data_offsets"][0])
 
     def mapped(self, name: str) -> Tensor:
-        """A tensor as stored, a view of the mapped file."""
+        """A tensor as stored, a view of the mapped file; not to be written to."""
         tensor: Tensor = self._mapped.get_tensor(name)
+        begin = tensor.data_ptr()
+        self._begins = min(self._begins or begin, begin)
+        self._ends = max(self._ends, begin + tensor.nbytes)
         return tensor
 
     def read_ahead(self) -> None:
@@ -72,9 +79,22 @@ class WeightFile:
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        """Close it; tensors that were taken stay."""
+        """Close it; tensors that were taken stay.
+
+        One of them keeps all of the file mapped, most of which was only copied into another order. So its
+        pages leave the process's memory; those that are read again come back from the system's cache.
+        """
+        _let_go(self._begins, self._ends)
         os.close(self.fd)
         self._mapped = None
+
+
+def _let_go(begin: int, end: int) -> None:
+    """Give back the pages between two addresses of a mapped file, where the system can (Linux)."""
+    begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (end - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def open_files(folder: Path) -> Iterator[WeightFile]:
