@@ -99,7 +99,7 @@ class Comparison:
             for case in one.cases:  # every model once, and a batch; not measured
                 one.measure(case, Measure(max(8, len(case.models)), 16, 4), seed=-1)
             self._texts[one.recipe.name] = one.texts()
-            time.sleep(0.5)
+            time.sleep(3)  # what a server puts off until it is idle (ours: a tokenizer for grammars) is over
             idle = one.process.idle_cpu()
         self.result["servers"][one.recipe.name] = {
             "ready_s": ready_s,
