@@ -36,6 +36,7 @@ from loramux.engine.kernels.cpu.product_ir import FROM_SUMS, INTO_SUMS, STEP, WI
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 FEW_ROWS: Final = 16
+FEW_BYTE_ROWS: Final = 12  # the same for int8, which one strip at a time would widen for all rows anew
 BLOCK_ROWS: Final = 8
 PANEL_ROWS: Final = 128
 CHUNK_PAIRS: Final = 2048
@@ -107,28 +108,28 @@ class PackedLinear:
 
 def supports(weight: Tensor) -> bool:
     """True if `PackedLinear` takes this weight on this machine."""
-    return (
-        weight.device.type == "cpu"
-        and (weight.dtype == torch.bfloat16 or (weight.dtype == torch.int8 and _can_widen()))
-        and weight.shape[1] % (2 * STEP) == 0
-        and is_available()
-    )
+    forms = {torch.bfloat16: is_available, torch.int8: _takes_bytes}
+    is_one = weight.device.type == "cpu" and weight.dtype in forms and weight.shape[1] % (2 * STEP) == 0
+    return is_one and forms[weight.dtype]()
 
 
 @cache
 def is_available() -> bool:
     """True if this processor has the instruction, and no tiles (AMX), which oneDNN knows better."""
-    overridden = numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None
-    return not overridden and "+avx512bf16" in _features() and "+amx-bf16" not in _features()
+    return "+avx512bf16" in _features() and "+amx-bf16" not in _features()
 
 
-def _can_widen() -> bool:
-    return "+avx512vbmi" in _features()
+@cache
+def _takes_bytes() -> bool:
+    """True if it can widen them, too; nobody else reads bytes faster, with tiles or without."""
+    return {"+avx512bf16", "+avx512vbmi"} <= _features()
 
 
 @cache
 def _features() -> set[str]:
-    return set(get_host_cpu_features().split(","))
+    """Of the processor that kernels are compiled for; none if that is not this one."""
+    overridden = numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None
+    return set() if overridden else set(get_host_cpu_features().split(","))
 
 
 @cache
@@ -216,7 +217,7 @@ def multiply_strips(
     last: int,
 ) -> None:
     """The strips [first, last) of `multiply`."""
-    is_few = num_rows <= FEW_ROWS
+    is_few = num_rows <= (FEW_ROWS if item_size(form) == 2 else FEW_BYTE_ROWS)
     panels = 1 if is_few else -(-num_rows // PANEL_ROWS)
     chunks = 1 if is_few else -(-pairs // CHUNK_PAIRS)
     size = -(-pairs // (chunks * STEP)) * STEP  # pairs of a chunk
