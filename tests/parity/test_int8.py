@@ -91,6 +91,30 @@ def test_a_mixed_batch_is_what_the_rounded_model_says(zoo: Zoo, name: str, tmp_p
     assert (plain - reference.logprobs(prompt)).abs().max() > 1e-3, "the rounding changes nothing"
 
 
+@pytest.mark.parametrize("adapter", [None, "r8", "r33"])
+def test_in_bf16_it_errs_no_more_than_the_model_s_own_weights(
+    zoo: Zoo, adapter: str | None, tmp_path: Path
+) -> None:
+    """Each against float32 with the same weights; here our own kernels multiply, where there are any."""
+    checkpoint = zoo["llama-bf16"]
+    rounded_model = Reference(twin(checkpoint, tmp_path / "twin"), checkpoint.adapters)
+    errors = {}
+    for form, reference in ((None, checkpoint.reference), ("int8", rounded_model)):
+        served = Served(checkpoint, checkpoint.adapters, dtype="bfloat16", quantization=form)
+        found = []
+        for seed in range(4):
+            prompt = random_prompt(40, seed=440 + seed)
+            answer = served.ask(prompt, adapter, max_tokens=1, prompt_logprobs=served.vocab_size)
+            expected = reference.logprobs(prompt, adapter)
+            for row, entry in zip(expected, (answer.prompt_logprobs or [])[1:], strict=False):
+                assert entry is not None
+                found.append(torch.tensor(entry.logprobs) - row[torch.tensor(entry.token_ids)])
+        errors[form] = torch.cat(found).pow(2).mean().sqrt().item()
+
+    logger.info("root mean square errors %s", errors)
+    assert errors["int8"] < 1.25 * errors[None]
+
+
 def test_two_ranks_round_their_own_parts(zoo: Zoo, tmp_path: Path) -> None:
     checkpoint = zoo["llama-mqa"]
     reference = Reference(twin(checkpoint, tmp_path / "twin", num_ranks=2), checkpoint.adapters)
