@@ -10,8 +10,9 @@ first the dots (by lanes), then what these add (by columns of the output): a sin
 all of them busy, and no sum depends on their number.
 
 Where the base weight is a `PackedLinear`, the same call multiplies by it, too: threads are woken once for
-both, nobody waits for the others' dots, as the product lies between, and the output is still in the cache
-when the lanes are added to it.
+both, nobody waits for the others' dots, as strips of the product lie between, and the output is still in
+the cache when the lanes are added to it. With more than a few rows the product leaves memory idle: its
+first half asks for A, its second one for B.
 """
 
 from __future__ import annotations
@@ -27,11 +28,22 @@ import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, FLOAT32, INT8, Dtype
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, FLOAT32, INT8, Dtype
 from loramux.engine.kernels.cpu.lora_ir import LINE
-from loramux.engine.kernels.cpu.lora_loops import BLOCK, COUNT, OFFSET, RANK, WIDTH, Ints, expand, shrink
+from loramux.engine.kernels.cpu.lora_loops import (
+    BLOCK,
+    COUNT,
+    OFFSET,
+    RANK,
+    WIDTH,
+    Ints,
+    expand,
+    runs_to_read,
+    shrink,
+)
 from loramux.engine.kernels.cpu.product import (
     FEW_ROWS,
+    PANEL_ROWS,
     SCRATCH_BYTES,
     Form,
     PackedLinear,
@@ -53,7 +65,7 @@ class _Call(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("thread_num", "num_threads", "barrier", "give_way", "meeting"),
-            *("groups", "num_groups", "sums", "totals", "widest", "scratch"),
+            *("groups", "num_groups", "sums", "totals", "widest", "scratch", "runs"),
             *("site", "x", "out", "rows", "product"),
         )
     )
@@ -97,7 +109,8 @@ class LoraKernel:
             self._sums = np.zeros(2 * int(sums[-1]) * self._num_parts, dtype=np.float32)
         table = np.column_stack((groups, np.concatenate(([0], sums[:-1]))))
         room = (self._sums.ctypes.data, self._totals.ctypes.data, self._widest, self._scratch.data_ptr())
-        call = _Call(*self._room, table.ctypes.data, len(table), *room)
+        runs = np.zeros(self._num_threads * self._num_parts * len(table) * 2, dtype=np.int64)
+        call = _Call(*self._room, table.ctypes.data, len(table), *room, runs.ctypes.data)
         alone = groups[:, RANK].sum() < PARALLEL_LANES
         address = ctypes.addressof(call)
         add = partial(self._run, self._work, address, 1 if alone else self._num_threads, 0)
@@ -105,7 +118,7 @@ class LoraKernel:
         def multiply(code: int) -> None:
             self._run(code, address, self._num_threads, 0)
 
-        return LoraRows(call, add, multiply, (table, self._sums, self._totals))
+        return LoraRows(call, add, multiply, (table, runs, self._sums, self._totals))
 
 
 class LoraRows:
@@ -245,23 +258,52 @@ def _multiply(dtype: Dtype, form: Form, call: Any) -> None:
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
     parts = carray(as_ints(call.site + _HEAD * 8), (num_parts, 4))
     groups = carray(as_ints(call.groups), (call.num_groups, 5))
-    product = carray(as_ints(call.product), 6)
-    weight, scale, bias, bias_stride = product[0], product[1], product[2], product[3]
-    pairs, columns = product[4], product[5]
+    linear = carray(as_ints(call.product), 6)
+    weight, scale, bias, bias_stride = linear[0], linear[1], linear[2], linear[3]
+    pairs, columns = linear[4], linear[5]
     twos = -(-columns // (2 * LANES))
     first, last = twos * thread // num_threads * 2, twos * (thread + 1) // num_threads * 2
     last = min(last, -(-columns // LANES))
-    if call.rows <= FEW_ROWS:
-        shrink(dtype, call.x, a, in_features, stride, parts, ranks, groups, call.sums, thread, num_threads)
-        arrive(call.meeting)
-    multiply_strips(
-        *(form, call.x, call.out, call.rows, weight, scale, bias, bias_stride),
-        *(call.scratch + thread * SCRATCH_BYTES, pairs, columns, first, last),
-    )
-    if call.rows > FEW_ROWS:
-        shrink(dtype, call.x, a, in_features, stride, parts, ranks, groups, call.sums, thread, num_threads)
-        arrive(call.meeting)
+    place = call.scratch + thread * SCRATCH_BYTES
+    strips = (form, call.x, call.out, call.rows, weight, scale, bias, bias_stride, place, pairs, columns)
+    lanes = (a, in_features, stride, parts, ranks, groups)
+    asks = FEW_ROWS < call.rows <= PANEL_ROWS
+    middle = min(first + (last - first + 3) // 4 * 2, last) if asks else first
+    runs = carray(as_ints(call.runs), (num_threads, num_parts * call.num_groups, 2))[thread]
+    for half in range(2):
+        begin, end = (middle, last) if half else (first, middle)
+        num_runs = runs_to_read(dtype, *lanes, half, thread, num_threads, runs) if asks else 0
+        _multiply_and_ask(strips, begin, end, runs[:num_runs])
+        if half == 0:
+            shrink(dtype, call.x, *lanes, call.sums, thread, num_threads)
+            arrive(call.meeting)
     await_all(call.meeting, num_threads, call.give_way)
     totals = call.totals + thread * BLOCK * call.widest * 4
     begin, end = first * LANES, min(last * LANES, columns)
     expand(dtype, call.out, parts, ranks, groups, call.sums, totals, begin, end)
+
+
+@njit(cache=True, error_model="numpy")
+def _multiply_and_ask(strips: Any, first: int, last: int, runs: Ints) -> None:
+    """The strips [first, last); meanwhile ask for these addresses, as much with each two strips.
+
+    Args:
+        strips: the arguments of `multiply_strips`
+        runs: [num_runs, 2]: the first address, and the one behind the last
+    """
+    left = 0
+    for begin, end in runs:
+        left += end - begin
+    at_once = 2 if left else max(last - first, 1)
+    run, asked = 0, 0  # of the present run: bytes
+    for strip in range(first, last, at_once):
+        begin, end = 0, 0
+        if run < len(runs):
+            share = -(-left // ((last - strip + 1) // 2 * CACHE_LINE)) * CACHE_LINE
+            begin = runs[run, 0] + asked
+            end = min(begin + share, runs[run, 1])
+            asked += end - begin
+            if end == runs[run, 1]:
+                run, asked = run + 1, 0
+        left -= end - begin
+        multiply_strips(*strips, strip, min(strip + at_once, last), begin, end)

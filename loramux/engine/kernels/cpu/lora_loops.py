@@ -192,3 +192,61 @@ def _add_columns(
             else:
                 expand_block(dtype, _ONE, _ONE, columns, *place)
         lane += count
+
+
+@njit(cache=True, error_model="numpy")
+def runs_to_read(
+    dtype: Dtype,
+    a: Address,
+    in_features: int,
+    stride: int,
+    parts: Ints,
+    ranks: Ints,
+    groups: Ints,
+    of_b: int,
+    thread: int,
+    num_threads: int,
+    runs: Ints,
+) -> int:
+    """Where a thread's share of all lanes lies, about as `shrink` and `expand` read them.
+
+    Args:
+        of_b: 1 for B, 0 for A
+        runs: [num_parts * num_groups, 2] to be filled: the first address, and the one behind the last
+
+    Returns:
+        the number of runs
+    """
+    first_part, last_part = (0, len(parts)) if of_b else (-1, 0)
+    total = 0
+    for part in range(first_part, last_part):
+        for g in range(len(groups)):
+            total += _lanes(dtype, a, stride, parts, ranks, groups, part, g)[1]
+    begin, end = total * thread // num_threads, total * (thread + 1) // num_threads
+    at, count = 0, 0
+    for part in range(first_part, last_part):
+        for g in range(len(groups)):
+            address, size = _lanes(dtype, a, stride, parts, ranks, groups, part, g)
+            left, right = max(begin - at, 0), min(end - at, size)
+            at += size
+            if left >= right:
+                continue
+            if count and runs[count - 1, 1] == address + left:
+                runs[count - 1, 1] = address + right
+            else:
+                runs[count, 0], runs[count, 1] = address + left, address + right
+                count += 1
+    return count
+
+
+@njit(cache=True, error_model="numpy")
+def _lanes(
+    dtype: Dtype, a: Address, stride: int, parts: Ints, ranks: Ints, groups: Ints, part: int, group: int
+) -> tuple[Address, int]:
+    """Address and bytes of a group's A (part -1), or of its B of one part."""
+    item = item_size(dtype)
+    first, rank = groups[group, FIRST], groups[group, RANK]
+    if part < 0:
+        return a + first * stride * item, rank * stride * item
+    stride = parts[part, STRIDE]
+    return parts[part, B] + first * stride * item, min(rank, ranks[part, first]) * stride * item

@@ -12,8 +12,9 @@ registers, without rounding.
 
 - Few rows: a strip at a time with all rows; memory is read as one stream and is the limit.
 - More rows: two strips at a time, which stay in the cache while blocks of rows pass; the first blocks ask
-  for the next two meanwhile. Rows come in panels and k in chunks, so that this fits the cache. The
-  first block leaves bytes in the cache as bfloat16.
+  for the next two meanwhile, a little with each pair, since a core has few places for what is on its
+  way. Rows come in panels and k in chunks, so that this fits the cache. The first block leaves bytes in
+  the cache as bfloat16.
 
 Sums are taken in the order of k for any number of rows: a row's result does not depend on its company.
 """
@@ -42,6 +43,7 @@ PANEL_ROWS: Final = 128
 CHUNK_PAIRS: Final = 2048
 _LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
 _AHEAD: Final = 8192  # bytes that a stream is asked for before it is read
+_NO_LIMIT: Final = 1 << 62  # to addresses that are asked for
 _NEAR: Final = 1024  # the same where it lies in the cache
 _ALONE_BYTES: Final = 1 << 17  # a smaller weight is not worth a second thread
 _SUMS_BYTES: Final = PANEL_ROWS * 2 * LANES * 4  # that a thread keeps between chunks
@@ -196,7 +198,7 @@ def multiply(
     for thread in prange(threads):
         multiply_strips(
             *(form, x, out, rows, weight, scale, bias, bias_stride, scratch + thread * SCRATCH_BYTES),
-            *(pairs, columns, strips * thread // threads, strips * (thread + 1) // threads),
+            *(pairs, columns, strips * thread // threads, strips * (thread + 1) // threads, 0, 0),
         )
 
 
@@ -215,43 +217,75 @@ def multiply_strips(
     columns: int,
     first: int,
     last: int,
+    spare: Address,
+    spare_end: Address,
 ) -> None:
-    """The strips [first, last) of `multiply`."""
+    """The strips [first, last) of `multiply`; meanwhile ask for [spare, spare_end), which is read next."""
     is_few = num_rows <= (FEW_ROWS if item_size(form) == 2 else FEW_BYTE_ROWS)
     panels = 1 if is_few else -(-num_rows // PANEL_ROWS)
     chunks = 1 if is_few else -(-pairs // CHUNK_PAIRS)
     size = -(-pairs // (chunks * STEP)) * STEP  # pairs of a chunk
     at_once = 1 if is_few else 2  # strips
     pair_bytes = 2 * LANES * item_size(form)  # of a strip
+    lines = pair_bytes * STEP // CACHE_LINE  # of a strip, for STEP pairs
     for panel in range(panels):
         begin = num_rows * panel // panels
         height = num_rows * (panel + 1) // panels - begin
         blocks = 1 if is_few else -(-height // BLOCK_ROWS)
         for strip in range(first, last, at_once):
+            scales, biases = scale + strip * CACHE_LINE, bias + strip * bias_stride
             for pair in range(0, pairs, size):
                 here = weight + (strip * pairs + pair) * pair_bytes
-                ends = pair + size >= pairs
+                ends, count = pair + size >= pairs, min(size, pairs - pair)
                 following = here + (at_once * pairs - pair if ends else size) * pair_bytes
                 for block in range(blocks):
                     row = height * block // blocks
                     rows = height * (block + 1) // blocks - row
-                    stage = (FROM_SUMS if pair else 0) | (0 if ends else INTO_SUMS)
-                    stage |= WIDENED if block else 0
+                    stage = (
+                        (FROM_SUMS if pair else 0) | (0 if ends else INTO_SUMS) | (WIDENED if block else 0)
+                    )
                     source = x + ((begin + row) * pairs + pair) * 4
-                    kept = scratch + _WIDE_BYTES + row * 2 * LANES * 4
                     target = out + ((begin + row) * columns + strip * LANES) * 2
+                    place = (scratch, scratch + _WIDE_BYTES + row * 2 * LANES * 4, stage, scales, biases)
+                    goal = (bias_stride, target, columns * 2, columns - strip * LANES)
                     if is_few or strip + 1 == last:
-                        multiply_tile(
-                            *(form, _ONE, _FEW, _ONE, rows, source, pairs * 4, here, 0),
-                            *(min(size, pairs - pair), here + _AHEAD, scratch, kept, stage),
-                            *(scale + strip * CACHE_LINE, bias + strip * bias_stride, bias_stride),
-                            *(target, columns * 2, columns - strip * LANES),
-                        )
+                        asked = (here + _AHEAD, here + _AHEAD + (lines - 1) * CACHE_LINE, _NO_LIMIT)
+                        tile = (rows, source, pairs * 4, here, 0, count)
+                        multiply_tile(form, _ONE, _FEW, _ONE, *tile, *asked, *place, *goal)
                     else:
-                        ahead = following + block * pairs * pair_bytes if block < 2 else here + _NEAR
-                        multiply_tile(
-                            *(form, _LEAST, _BLOCK, _TWO, rows, source, pairs * 4, here, pairs * pair_bytes),
-                            *(min(size, pairs - pair), ahead, scratch, kept, stage),
-                            *(scale + strip * CACHE_LINE, bias + strip * bias_stride, bias_stride),
-                            *(target, columns * 2, columns - strip * LANES),
-                        )
+                        share, next_strip = count // STEP * CACHE_LINE, pairs * pair_bytes
+                        whole = (block, blocks, lines, share, here, following, next_strip)
+                        asked = _asked(*whole, spare, spare_end)
+                        spare += share if asked[1] == spare else 0
+                        tile = (rows, source, pairs * 4, here, next_strip, count)
+                        multiply_tile(form, _LEAST, _BLOCK, _TWO, *tile, *asked, *place, *goal)
+
+
+@njit(cache=True, error_model="numpy")
+def _asked(
+    block: int,
+    blocks: int,
+    lines: int,
+    share: int,
+    here: Address,
+    following: Address,
+    strip_bytes: int,
+    spare: Address,
+    spare_end: Address,
+) -> tuple[Address, Address, Address]:
+    """The two streams that a block asks for, and the second one's end, as for `multiply_tile`.
+
+    Args:
+        lines: how many blocks share one of the two strips that are next
+        share: bytes of a stream
+        here, following: addresses of the present and of the next strips
+        strip_bytes: from one of these to the other
+    """
+    ahead, other, other_last = here + _NEAR, here + _NEAR, _NO_LIMIT
+    if block < 2 * lines:
+        ahead = following + block // lines * strip_bytes + block % lines * share
+    if block == 0 and blocks < 2 * lines:  # there is a block too few
+        other = following + strip_bytes + share
+    elif spare < spare_end:
+        other, other_last = spare, spare_end - CACHE_LINE
+    return ahead, other, other_last

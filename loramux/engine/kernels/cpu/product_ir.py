@@ -52,6 +52,8 @@ def multiply_tile(
     weight_stride: Any,
     pairs: Any,
     ahead: Any,
+    other: Any,
+    other_last: Any,
     wide: Any,
     sums: Any,
     stage: Any,
@@ -68,15 +70,13 @@ def multiply_tile(
 
     Args:
         form: of the weight, as a type: BFLOAT16 (then there is no scale) or INT8
-        least, most: bounds of num_rows, as `units`
-        strips: of the tile, as `units`
+        least, most, strips: bounds of num_rows, and strips of the tile, as `units`
         num_rows: rows of the tile
         x, x_stride: the first row's first pair; from one row to the next
         weight, weight_stride: the first strip's first pair; from one strip to the next
         pairs: how many pairs of k
-        ahead: address of what is asked for meanwhile, as many bytes as one strip has
-        wide: address of the same strips in bfloat16, one behind the other: where a tile of several strips
-            leaves a weight of bytes, or finds it, if `stage` says so
+        ahead, other: where two streams begin that are asked for meanwhile; the second ends at `other_last`
+        wide: address of the strips in bfloat16: several strips leave bytes there, or find them, see `stage`
         sums: address of [most, strips * 16] float32, used as `stage` says
         stage: any of FROM_SUMS, INTO_SUMS, WIDENED
         scale: the first strip's sixteen float32, followed by the next one's
@@ -98,7 +98,7 @@ def multiply_tile(
         builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(form, least, most, strips, *[types.int64] * 16), codegen
+    return types.void(form, least, most, strips, *[types.int64] * 18), codegen
 
 
 class _Tile:
@@ -116,6 +116,8 @@ class _Tile:
         weight_stride: Value,
         pairs: Value,
         ahead: Value,
+        other: Value,
+        other_last: Value,
         wide: Value,
         sums: Value,
         stage: Value,
@@ -136,8 +138,10 @@ class _Tile:
         self.scale = [self._at(scale, self.v.i64(CACHE_LINE), strip) for strip in range(strips)]
         self.bias = [self._at(bias, bias_stride, strip) for strip in range(strips)]
         self.out = [self._at(out, out_stride, row) for row in range(rows)]
-        self.lines = form.bitwidth * 2 * LANES * STEP // 8 // CACHE_LINE  # of a strip that a turn reads
-        self.ahead, self.pairs, self.sums, self.stage, self.columns = ahead, pairs, sums, stage, columns
+        lines = form.bitwidth * 2 * LANES * STEP // 8 // CACHE_LINE if strips == 1 else 1  # of a stream
+        self.ahead, self.other, self.other_last = ahead, other, other_last
+        self.ahead_stride = self.v.i64(lines * CACHE_LINE)  # for STEP pairs
+        self.pairs, self.sums, self.stage, self.columns = pairs, sums, stage, columns
 
     def emit(self) -> None:
         """The whole tile, from where its weight lies."""
@@ -197,9 +201,11 @@ class _Tile:
             values = [self._splat(self._load(start, index, _I32, 4)) for start in self.x]
             for i, (row, strip) in enumerate(self.cells):
                 totals[i] = self.v.dot(totals[i], values[row], vectors[offset][strip], types.uint16)
-        begin = self.b.sdiv(self.b.mul(pair, self.v.i64(self.lines * CACHE_LINE)), self.v.i64(STEP))
-        for line in range(self.lines):
-            self.v.prefetch(self.b.add(self.ahead, begin), line * CACHE_LINE)
+        later = self.b.mul(self.b.sdiv(pair, self.v.i64(STEP)), self.ahead_stride)
+        self.v.prefetch(self.b.add(self.ahead, later), 0)
+        other = self.b.add(self.other, later)
+        is_inside = self.b.icmp_signed("<", other, self.other_last)
+        self.v.prefetch(self.b.select(is_inside, other, self.other_last), 0)
         return totals
 
     def _words(self, starts: list[Value], pair: Value) -> list[list[Value]]:
