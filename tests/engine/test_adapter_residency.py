@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from loramux.engine.core import Engine
 from loramux.engine.errors import AdapterIncompatible, AdapterNotFound, LoramuxError
 from loramux.engine.types import AdapterSpec, FreedMemory, Request, TokenSampling
 from loramux.resolvers.inspect import inspect_adapter
-from tests.adapter_files import write_adapter
+from tests.adapter_files import peft_config, random_tensors, write_adapter, write_folder
 from tests.tiny_models import make_tiny
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -241,6 +242,32 @@ def test_rank_above_the_limit_names_it(model: Path, specs: list[AdapterSpec]) ->
 
     with pytest.raises(AdapterIncompatible, match="LoRA rank 33 is greater than max_lora_rank 16"):
         engine.load_adapter(specs[3])
+
+
+def test_numbers_that_are_not_finite_are_refused_though_all_lanes_are_taken(
+    model: Path, specs: list[AdapterSpec], tmp_path: Path
+) -> None:
+    engine = start(model, num_lanes=8)
+    sites = {"model.layers.0.self_attn.q_proj": engine.info.lora_sites["model.layers.0.self_attn.q_proj"]}
+    tensors = random_tensors(sites, rank=4)
+    key = next(iter(tensors))
+    dtype, shape, data = tensors[key]
+    tensors[key] = (dtype, shape, np.full(len(data) // 4, np.nan, dtype=np.float32).tobytes())
+    bad = write_folder(
+        tmp_path / "bad", peft_config(r=4, target_modules=["layers.0.self_attn.q_proj"]), tensors
+    )
+    spec = inspect_adapter(bad, engine.info.lora_sites, max_lora_rank=64)
+    engine.load_adapter(specs[0])
+    tokens: dict[str, list[int]] = {}
+    engine.add_request(request("long", [1, 2, 3], specs[0].digest))
+    collect(engine, tokens)
+
+    with pytest.raises(AdapterIncompatible, match="not finite"):
+        engine.load_adapter(spec)
+
+    finish(engine, tokens)
+    assert len(tokens["long"]) == 24
+    assert len(engine.stats().host_adapters) == 1
 
 
 def test_ten_thousand_loads_and_unloads_leave_memory_flat(model: Path, specs: list[AdapterSpec]) -> None:

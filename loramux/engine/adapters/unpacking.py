@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loramux.engine.adapters.arena import HostBytes
@@ -43,9 +44,17 @@ class LaneUnpacker:
         """Read an adapter into host memory; None if it must be unpacked there.
 
         Raises:
-            AdapterNotFound, AdapterIncompatible: its files are not what the inspection saw.
+            AdapterNotFound, AdapterIncompatible: its files are not what the inspection saw, or hold numbers
+                that are not finite in the lanes' dtype.
         """
-        return self._packer.read(spec) if self._packer.takes(spec, sys.maxsize) else None
+        if not self._packer.takes(spec, sys.maxsize):
+            return None
+        adapter = self._packer.read(spec)
+        table = adapter.table.copy()
+        aside = torch.empty(table[:, Column.COLUMNS].max(initial=0), dtype=self._pool.dtype)
+        table[:, Column.TARGET], table[:, Column.TARGET_STRIDE] = aside.data_ptr(), 0
+        self._unpack(adapter, table, 0)  # all lanes may be taken, and who loads it must know now
+        return adapter
 
     def write(self, adapter: HostWeights, span: LaneSpan) -> None:
         """Fill lanes that no running sequence uses.
@@ -56,13 +65,17 @@ class LaneUnpacker:
         if isinstance(adapter, HostAdapter):
             self._pool.write(adapter, span)
             return
-        ((_, memory),) = adapter.memory.parts(0, adapter.memory.nbytes, at_most=sys.maxsize)
-        table, flags = adapter.table.copy(), np.zeros(len(adapter.table), dtype=np.int64)
+        table = adapter.table.copy()
         table[:, Column.TARGET] += span.first * table[:, Column.TARGET_STRIDE] * self._pool.dtype.itemsize
-        unpack(self._tag, table, 0, len(table), memory.data_ptr(), span.count, flags)
+        self._unpack(adapter, table, span.count)
         for target, rank in adapter.table[:, [Column.TARGET, Column.RANK]].tolist():
             if (ranks := self._ranks.get(target)) is not None:
                 ranks[span.first] = rank
+
+    def _unpack(self, adapter: PackedAdapter, table: npt.NDArray[np.int64], num_lanes: int) -> None:
+        ((_, memory),) = adapter.memory.parts(0, adapter.memory.nbytes, at_most=sys.maxsize)
+        flags = np.zeros(len(table), dtype=np.int64)
+        unpack(self._tag, table, 0, len(table), memory.data_ptr(), num_lanes, flags)
         adapter.check(flags, self._pool.dtype)
 
 
