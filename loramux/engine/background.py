@@ -1,9 +1,10 @@
-"""Threads beside those that compute or answer: which cores they run on, and how eagerly."""
+"""Threads beside those that compute or answer: their cores, their priority, and how one waits for them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 from typing import Final
 
@@ -22,3 +23,14 @@ def roam() -> None:
     if CORES:
         with contextlib.suppress(OSError):  # a core is gone meanwhile
             os.sched_setaffinity(0, CORES)
+
+
+def wait_readable(timeout_s: float, *descriptors: int) -> None:
+    """Sleep until one of them is readable.
+
+    Any will do: `select.select` refuses those from 1,024 on, which a process around the engine may have.
+    """
+    poller = select.poll()
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    poller.poll(timeout_s * 1000)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
-import select
 import socket
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Final
 
 from llguidance import LLMatcher, LLTokenizer
 
-from loramux.engine.background import roam, step_back
+from loramux.engine.background import roam, step_back, wait_readable
 from loramux.engine.errors import InvalidRequest, LoramuxError
 from loramux.engine.grammar import PARAM, GrammarMatcher, compile_grammar, load_tokenizer
 from loramux.engine.types import GrammarSpec
@@ -128,7 +127,7 @@ class GrammarCompiler:
 
     def wait(self, timeout_s: float, *others: int) -> None:
         """Sleep until a compilation has ended, or another descriptor is readable."""
-        select.select([self._wake_read.fileno(), *others], [], [], timeout_s)
+        wait_readable(timeout_s, self._wake_read.fileno(), *others)
 
     def close(self) -> None:
         """End the threads after their current jobs."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import resource
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -268,6 +272,24 @@ def test_numbers_that_are_not_finite_are_refused_though_all_lanes_are_taken(
     finish(engine, tokens)
     assert len(tokens["long"]) == 24
     assert len(engine.stats().host_adapters) == 1
+
+
+def test_an_engine_that_nobody_holds_ends_with_its_thread_and_descriptors(
+    model: Path, specs: list[AdapterSpec]
+) -> None:
+    gc.collect()  # other tests' engines
+    before = threading.active_count(), len(os.listdir("/dev/fd"))
+
+    for _ in range(2):
+        engine = start(model)
+        engine.load_adapter(specs[0])
+        alone(engine, [1, 2, 3], specs[0].digest)
+        gone = weakref.ref(engine)
+        del engine
+        gc.collect()
+
+        assert gone() is None
+        assert (threading.active_count(), len(os.listdir("/dev/fd"))) == before
 
 
 def test_ten_thousand_loads_and_unloads_leave_memory_flat(model: Path, specs: list[AdapterSpec]) -> None:

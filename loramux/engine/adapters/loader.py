@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import select
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from enum import Enum
 import torch
 
 from loramux.engine.adapters.packed import HostWeights
+from loramux.engine.background import wait_readable
 from loramux.engine.errors import LoramuxError
 
 
@@ -76,7 +76,7 @@ class AdapterLoader:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something finished."""
-        select.select([self._wake_read], [], [], timeout_s)
+        wait_readable(timeout_s, self._wake_read.fileno())
 
     def close(self) -> None:
         """End the thread after its current job."""
@@ -87,14 +87,21 @@ class AdapterLoader:
 
     def _run(self) -> None:
         torch.set_num_threads(1)  # of this thread: the others belong to the step loop
-        while (job := self._jobs.get()) is not None:
-            kind, digest, run = job
-            began_s = time.monotonic()
-            try:
-                result: HostWeights | LoramuxError = run()
-            except LoramuxError as error:
-                result = error
-            except Exception as error:  # noqa: BLE001 - a thread's top: one bad file must not end it
-                result = LoramuxError(f"the adapter could not be moved: {error!r}")
-            self._done.put(Finished(kind, digest, result, time.monotonic() - began_s))
-            self._wake_write.send(b"\0")
+        while self._do(self._jobs.get()):
+            pass
+
+    def _do(self, job: tuple[JobKind, str, Job] | None) -> bool:
+        """One job, of which nothing stays alive while the thread waits for the next; False at the end."""
+        if job is None:
+            return False
+        kind, digest, run = job
+        began_s = time.monotonic()
+        try:
+            result: HostWeights | LoramuxError = run()
+        except LoramuxError as error:
+            result = error
+        except Exception as error:  # noqa: BLE001 - a thread's top: one bad file must not end it
+            result = LoramuxError(f"the adapter could not be moved: {error!r}")
+        self._done.put(Finished(kind, digest, result, time.monotonic() - began_s))
+        self._wake_write.send(b"\0")
+        return True
