@@ -24,6 +24,7 @@ from loramux.engine.attention_backend import attention_shape, make_attention, st
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import Attention
+from loramux.engine.kernels.cpu.product import renew_scratch
 from loramux.engine.kernels.cpu.threads import bind
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
@@ -44,7 +45,7 @@ from loramux.engine.warm_up import warm_up_batches
 
 logger = logging.getLogger(__name__)
 
-COMPILED_S = 1.0  # a warm-up that takes longer has compiled
+LONG_WARM_UP_S = 2.0  # one that takes longer is told
 PAGED_STEPS = 2  # steps' worth of KV blocks that have memory before they are needed
 PAGED_AT_ONCE = 8  # blocks that get it between two looks for work
 
@@ -78,6 +79,7 @@ class ModelRunner:
         self.device = find_device(config.device)
         if self.device.type == "cpu":
             torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
+            renew_scratch()
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
         self._uses_triton = steps_in_triton(config, self.device)
@@ -284,8 +286,8 @@ class ModelRunner:
         has_lanes = self.lanes.num_lanes > 0
         steps.warm_up(warm_up_batches(max_tokens, config.block_size, with_lanes=has_lanes))
         seconds = time.monotonic() - started
-        if seconds > COMPILED_S:
-            logger.info("compiled kernels for this processor in %.1f s; they are kept on disk", seconds)
+        if seconds > LONG_WARM_UP_S:
+            logger.info("first steps: %.1f s; on a new machine they compile kernels, kept on disk", seconds)
 
     def _size_kv_cache(self, config: EngineConfig, reserves: list[tuple[str, int]]) -> int:
         """Blocks that fit, refusing what cannot hold one full sequence."""

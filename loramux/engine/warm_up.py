@@ -1,7 +1,8 @@
 """Steps that serve nobody: the code of all others is compiled, or read from disk, before the first request.
 
 A kernel's first use on a machine compiles it, seconds for all of them; its first use in a process reads what
-was compiled before, some 50 ms. Requests shall not wait for either.
+was compiled before, some 50 ms. Requests shall not wait for either. Only a tensor-parallel engine on CPUs,
+which is for tests, compiles when it must.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def warm_up_batches(max_tokens: int, block_size: int, *, with_lanes: bool) -> It
         max_tokens: that a sequence may have.
     """
     prompt = min(PROMPT, max_tokens - 1)
+    if prompt < 1:
+        return
     for lanes in (None, LaneSpan(0, LANE_GROUP, LANE_GROUP)) if with_lanes else (None,):
         for streams, start, count in ((1, 0, prompt), (1, prompt, 1), (STREAMS, prompt, 1)):
             sequences = [_sequence(i, start + count, block_size, lanes) for i in range(streams)]

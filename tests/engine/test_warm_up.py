@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.engine.test_adapter_residency import start
 from tests.tiny_models import make_tiny
 
 SERVE = """
@@ -54,3 +55,7 @@ def test_no_kernel_is_compiled_for_a_request(tmp_path: Path) -> None:
     ready, served = json.loads(process.stdout.splitlines()[-1])
     assert any("attend_parallel" in name for name in ready)
     assert served == ready
+
+
+def test_an_engine_for_single_tokens_starts(tmp_path: Path) -> None:
+    start(make_tiny("llama", tmp_path / "model"), max_model_len=1).close()

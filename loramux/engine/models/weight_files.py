@@ -69,9 +69,10 @@ class WeightFile:
     def mapped(self, name: str) -> Tensor:
         """A tensor as stored, a view of the mapped file; not to be written to."""
         tensor: Tensor = self._mapped.get_tensor(name)
-        begin = tensor.data_ptr()
-        self._begins = min(self._begins or begin, begin)
-        self._ends = max(self._ends, begin + tensor.nbytes)
+        if tensor.nbytes:
+            begin = tensor.data_ptr()
+            self._begins = min(self._begins or begin, begin)
+            self._ends = max(self._ends, begin + tensor.nbytes)
         return tensor
 
     def read_ahead(self) -> None:
@@ -84,17 +85,30 @@ class WeightFile:
         One of them keeps all of the file mapped, most of which was only copied into another order. So its
         pages leave the process's memory; those that are read again come back from the system's cache.
         """
-        _let_go(self._begins, self._ends)
+        _let_go(self.path, self._begins, self._ends)
         os.close(self.fd)
         self._mapped = None
 
 
-def _let_go(begin: int, end: int) -> None:
-    """Give back the pages between two addresses of a mapped file, where the system can (Linux)."""
+def _let_go(path: Path, begin: int, end: int) -> None:
+    """Give back the pages between two addresses of a mapped file, where the system can (Linux).
+
+    Only if one mapping of this file covers them: tensors that are copies lie among other memory.
+    """
     begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (end - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform == "linux" and size > 0:
+    if sys.platform == "linux" and size > 0 and _is_mapped(path, begin, begin + size):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def _is_mapped(path: Path, begin: int, end: int) -> bool:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as mappings:
+        for mapping in mappings:
+            addresses, *_, name = mapping.rstrip("\n").split(maxsplit=5)
+            low, high = (int(address, 16) for address in addresses.split("-"))
+            if low <= begin and end <= high:
+                return name == str(path.resolve())
+    return False
 
 
 def open_files(folder: Path) -> Iterator[WeightFile]:

@@ -99,7 +99,7 @@ class LoraKernel:
         self._room = (*functions, self._meeting.ctypes.data)
 
     def plan(self, groups: Ints) -> LoraRows:
-        """A step's rows; the plan before it is not valid any more.
+        """A step's rows.
 
         Args:
             groups: [num_groups, 4]: first token, tokens, first lane, lanes

@@ -136,8 +136,13 @@ def _features() -> set[str]:
 
 @cache
 def scratch(threads: int) -> Tensor:
-    """Memory of so many threads while they multiply."""
+    """Memory of so many threads while they multiply; one for all products of an engine."""
     return torch.empty(threads * SCRATCH_BYTES, dtype=torch.uint8)
+
+
+def renew_scratch() -> None:
+    """What is made from now on shares none with what was: two engines may compute at the same time."""
+    scratch.cache_clear()
 
 
 def _pack(weight: Tensor, threads: int) -> Tensor:

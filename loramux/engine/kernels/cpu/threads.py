@@ -69,12 +69,17 @@ def bind() -> bool:
         return False
     thread_num = ctypes.CFUNCTYPE(ctypes.c_int)(threads.thread_num)
 
+    refused: list[OSError] = []
+
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     def one(_: Any) -> None:
-        os.sched_setaffinity(0, {cores[thread_num()]})
+        try:
+            os.sched_setaffinity(0, {cores[thread_num()]})
+        except OSError as error:  # forbidden, or a core is gone meanwhile
+            refused.append(error)
 
     threads.run(ctypes.cast(one, ctypes.c_void_p), None, len(cores), 0)
-    return True
+    return not refused
 
 
 @intrinsic

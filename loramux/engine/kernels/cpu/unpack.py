@@ -52,11 +52,14 @@ class _Finite(Vectors):
 
     def put(self, address: Value, index: Value, value: Value, dtype: types.Type) -> None:
         """Sixteen floats, rounded to the dtype, zeros in the place of those that are not finite then."""
-        value = self.round(value, dtype)
-        size = self.b.and_(self.b.bitcast(value, _VEC_I32), ir.Constant(_VEC_I32, [0x7FFFFFFF] * LANES))
-        is_bad = self.b.icmp_unsigned(">=", size, ir.Constant(_VEC_I32, [0x7F800000] * LANES))
+        rounded = self.round(value, dtype)  # may make infinity of a number, and a number of NaN
+        is_bad = self.b.or_(self._is_bad(value), self._is_bad(rounded))
         self.b.store(self.b.or_(self.b.load(self._bad), self.b.bitcast(is_bad, _BITS)), self._bad)
-        self.store(address, index, self.b.select(is_bad, self.const(0.0), value), dtype)
+        self.store(address, index, self.b.select(is_bad, self.const(0.0), rounded), dtype)
+
+    def _is_bad(self, value: Value) -> Value:
+        size = self.b.and_(self.b.bitcast(value, _VEC_I32), ir.Constant(_VEC_I32, [0x7FFFFFFF] * LANES))
+        return self.b.icmp_unsigned(">=", size, ir.Constant(_VEC_I32, [0x7F800000] * LANES))
 
     def found_bad(self) -> Value:
         """1 if there was one, else 0."""

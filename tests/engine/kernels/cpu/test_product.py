@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from loramux.engine.kernels.cpu import product
-from loramux.engine.kernels.cpu.product import CHUNK_PAIRS, FEW_ROWS, PANEL_ROWS, PackedLinear, supports
+from loramux.engine.kernels.cpu.product import (
+    CHUNK_PAIRS,
+    FEW_ROWS,
+    PANEL_ROWS,
+    PackedLinear,
+    renew_scratch,
+    scratch,
+    supports,
+)
 
 pytestmark = pytest.mark.skipif(not product.is_available(), reason="needs AVX512-BF16 without AMX")
 
@@ -161,3 +169,12 @@ def test_infinities_stay_in_their_row() -> None:
 )
 def test_which_weights_it_takes(weight: Tensor, expected: bool) -> None:
     assert supports(weight) is expected
+
+
+def test_engines_share_no_memory_while_they_multiply() -> None:
+    before = scratch(2)
+    assert scratch(2) is before
+
+    renew_scratch()
+
+    assert scratch(2).data_ptr() != before.data_ptr()

@@ -213,3 +213,31 @@ def test_another_thread_has_the_interpreter_meanwhile() -> None:
     )
 
     assert done.returncode == 0
+
+
+BITS = """
+import sys
+import numpy as np
+from loramux.engine.kernels.cpu import vector_ir
+vector_ir._HAS_PAIR_PRODUCTS = sys.argv[1] == "pairs"
+from loramux.engine.kernels.cpu.dtypes import TAGS
+from loramux.engine.kernels.cpu.unpack import unpack
+import torch
+
+source = np.zeros(48, dtype=np.uint32)
+out = torch.zeros(16, dtype=torch.bfloat16)
+for bits in (0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8000, 0x7F800000, 0xFF800000, 0x7F7FFFFF):
+    source[3] = bits
+    flags = np.zeros(1, dtype=np.int64)
+    one = np.array([1.0], dtype=np.float32).view(np.int32)[0]
+    table = np.array([[0, 16, 1, 2, 1, 16, out.data_ptr(), 16, one]], dtype=np.int64)
+    unpack(TAGS[torch.bfloat16], table, 0, 1, source.ctypes.data, 1, flags)
+    assert flags[0] == 1, hex(bits)
+    assert not out.any(), hex(bits)
+"""
+
+
+@pytest.mark.parametrize("processor", ["pairs", "no pairs"])
+def test_no_bits_that_are_not_finite_pass_on_any_processor(tmp_path: Path, processor: str) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # of kernels for another processor
+    subprocess.run([sys.executable, "-c", BITS, processor], env=environment, check=True)
