@@ -5,6 +5,7 @@ Runs in the venv of each client: nothing but the standard library here.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -68,7 +69,9 @@ def run(features: Mapping[str, Feature]) -> None:
     """
     world = World(**json.loads(sys.argv[1]))
     problems: dict[str, str | None] = {}
+    gc.disable()  # httpcore waits for itself if a stream that was left is collected while its pool is locked
     for name, feature in features.items():
+        gc.collect()
         try:
             feature(world)
             problems[name] = None
