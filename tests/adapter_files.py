@@ -18,7 +18,8 @@ INDEX_FILE = "adapter_model.safetensors.index.json"
 CONFIG_FILE = "adapter_config.json"
 
 # key -> (safetensors dtype, shape, bytes)
-Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+Tensor = tuple[str, tuple[int, ...], bytes]  # dtype, shape, data
+Tensors = dict[str, Tensor]
 
 _SHAPES = {
     "self_attn.q_proj": LoraSite(16, 16),
@@ -63,6 +64,14 @@ def safetensors_bytes(tensors: Tensors) -> bytes:
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(data)]}
         position += len(data)
     return with_header(header, b"".join(data for _, _, data in tensors.values()))
+
+
+def with_number(tensor: Tensor, value: float) -> Tensor:
+    """The same F32 tensor with one other number in it."""
+    dtype, shape, data = tensor
+    values = np.frombuffer(data, dtype="<f4").copy()
+    values[3] = value
+    return dtype, shape, values.tobytes()
 
 
 def tensor_ref(folder: Path, key: str) -> TensorRef:

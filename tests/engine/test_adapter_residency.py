@@ -21,7 +21,7 @@ from loramux.engine.core import Engine
 from loramux.engine.errors import AdapterIncompatible, AdapterNotFound, LoramuxError
 from loramux.engine.types import AdapterSpec, FreedMemory, Request, TokenSampling
 from loramux.resolvers.inspect import inspect_adapter
-from tests.adapter_files import peft_config, random_tensors, write_adapter, write_folder
+from tests.adapter_files import peft_config, random_tensors, with_number, write_adapter, write_folder
 from tests.tiny_models import make_tiny
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -255,8 +255,7 @@ def test_numbers_that_are_not_finite_are_refused_though_all_lanes_are_taken(
     sites = {"model.layers.0.self_attn.q_proj": engine.info.lora_sites["model.layers.0.self_attn.q_proj"]}
     tensors = random_tensors(sites, rank=4)
     key = next(iter(tensors))
-    dtype, shape, data = tensors[key]
-    tensors[key] = (dtype, shape, np.full(len(data) // 4, np.nan, dtype=np.float32).tobytes())
+    tensors[key] = with_number(tensors[key], np.nan)
     bad = write_folder(
         tmp_path / "bad", peft_config(r=4, target_modules=["layers.0.self_attn.q_proj"]), tensors
     )

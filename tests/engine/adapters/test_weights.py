@@ -16,7 +16,7 @@ from loramux.engine.models.weights import BaseWeights
 from loramux.engine.parallel.shard import whole_model
 from loramux.engine.types import AdapterSpec
 from loramux.resolvers.inspect import inspect_adapter
-from tests.adapter_files import random_tensors, safetensors_bytes, write_adapter
+from tests.adapter_files import random_tensors, safetensors_bytes, with_number, write_adapter
 from tests.tiny_models import make_tiny
 
 TARGETS = ["q_proj", "down_proj"]
@@ -105,10 +105,7 @@ def test_number_that_is_not_finite_in_the_lanes_dtype_is_refused(
     modules = [name for name in sites if name.endswith(tuple(TARGETS))]
     tensors = random_tensors({name: sites[name] for name in modules}, rank=4)
     key = next(iter(tensors))
-    dtype, shape, data = tensors[key]
-    values = np.frombuffer(data, dtype="<f4").copy()
-    values[3] = value
-    tensors[key] = (dtype, shape, values.tobytes())
+    tensors[key] = with_number(tensors[key], value)
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
     spec = inspect_adapter(folder, sites, max_lora_rank=64)
 

@@ -29,6 +29,7 @@ from tests.adapter_files import (
     peft_config,
     random_tensors,
     safetensors_bytes,
+    with_number,
     write_adapter,
     write_folder,
 )
@@ -163,10 +164,7 @@ def test_numbers_that_are_not_finite_are_refused_before_there_are_lanes(
     write_adapter(tmp_path, sites, target_modules=["o_proj"])
     tensors = random_tensors({name: site for name, site in sites.items() if name.endswith("o_proj")})
     key = f"base_model.model.model.layers.1.self_attn.o_proj.lora_{half}.weight"
-    dtype, shape, data = tensors[key]
-    values = np.frombuffer(data, dtype="<f4").copy()
-    values[3] = value
-    tensors[key] = (dtype, shape, values.tobytes())
+    tensors[key] = with_number(tensors[key], value)
     (tmp_path / WEIGHTS_FILE).write_bytes(safetensors_bytes(tensors))
     pool = pool_of(shard, torch.bfloat16)
     unpacker = LaneUnpacker(pool, shard)

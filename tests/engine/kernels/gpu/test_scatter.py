@@ -31,6 +31,7 @@ from tests.adapter_files import (
     peft_config,
     random_tensors,
     safetensors_bytes,
+    with_number,
     write_adapter,
     write_folder,
 )
@@ -174,10 +175,7 @@ def test_numbers_that_are_not_finite_never_reach_the_lanes(
     write_adapter(tmp_path, sites, target_modules=["o_proj"])
     tensors = random_tensors({name: site for name, site in sites.items() if name.endswith("o_proj")})
     key = "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"
-    dtype, shape, data = tensors[key]
-    values = np.frombuffer(data, dtype="<f4").copy()
-    values[3] = value
-    tensors[key] = (dtype, shape, values.tobytes())
+    tensors[key] = with_number(tensors[key], value)
     (tmp_path / WEIGHTS_FILE).write_bytes(safetensors_bytes(tensors))
     pool = pool_of(shard, torch.float16, DEVICE)
     transfer = transfer_of(pool, shard)
