@@ -54,7 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduling_policy: str = "fcfs"  # fcfs | priority
     async_scheduling: bool | None = None  # plan a step while the last one runs; None = on a GPU
     seed: int = 0  # for requests that bring none
-    num_threads: int | None = None  # CPU compute threads of all ranks; None = one a physical core
+    num_threads: int | None = None  # CPU compute threads of all ranks; None = see cores.py
     enable_lora: bool = False
     max_loras: int = 8  # with default_pool_rank, the size of the lane pool
     max_lora_rank: int = 256  # an adapter above it is refused

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import time
 from collections.abc import Callable, Set
 from dataclasses import replace
@@ -22,10 +21,11 @@ from loramux.engine.adapters.unpacking import LaneUnpacker
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.attention_backend import attention_shape, make_attention, steps_in_triton
 from loramux.engine.config import EngineConfig
+from loramux.engine.cores import num_compute_threads
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import Attention
 from loramux.engine.kernels.cpu.product import renew_scratch
-from loramux.engine.kernels.cpu.threads import bind
+from loramux.engine.kernels.cpu.threads import bind, use_threads
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
 from loramux.engine.layers.linear import can_hold_lanes, check_quantization
@@ -78,7 +78,7 @@ class ModelRunner:
         self._shard = shard_model(self.model_config, rank, num_ranks)
         self.device = find_device(config.device)
         if self.device.type == "cpu":
-            torch.set_num_threads(max((config.num_threads or _num_cores()) // num_ranks, 1))
+            use_threads(max((config.num_threads or num_compute_threads()) // num_ranks, 1))
             renew_scratch()
         self.dtype = _dtype(config.dtype, self.model_config.torch_dtype, self.device)
         check_quantization(config.quantization, self.dtype, self.device)
@@ -368,7 +368,3 @@ def _max_model_len(config: EngineConfig, derived: int) -> int:
             param="--max-model-len",
         )
     return config.max_model_len
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

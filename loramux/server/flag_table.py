@@ -104,7 +104,12 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         switch("async-scheduling", "plan a step while the last one runs (default on a GPU)"),
         switch("enable-prefix-caching", "reuse the KV of equal prompt starts"),
         Flag("seed", "for requests that bring none", int),
-        Flag("num-threads", "CPU compute threads, of all ranks together", parse_count),
+        Flag(
+            "num-threads",
+            "CPU compute threads, of all ranks together (default: one a physical core, within the CPU limit "
+            "of the container)",
+            parse_count,
+        ),
         Flag(
             "tensor-parallel-size",
             "ranks that share each layer's work: GPUs, or with --device cpu processes",

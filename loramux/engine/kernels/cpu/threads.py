@@ -12,6 +12,7 @@ import os
 from functools import cache
 from typing import Any, Final, NamedTuple
 
+import numba
 import torch
 from llvmlite import ir
 from numba import njit, types
@@ -50,6 +51,15 @@ def team() -> Team | None:
     addresses = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions]
     assert all(addresses)
     return Team(run, *addresses)
+
+
+def use_threads(count: int) -> None:
+    """So many compute in what the calling thread starts: torch's operations and numba's loops.
+
+    Numba's loops would otherwise wake a thread for each CPU of the machine, whatever work there is.
+    """
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 def bind() -> bool:

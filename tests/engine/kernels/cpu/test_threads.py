@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from loramux.engine.kernels.cpu.product import is_available
+
 ROOT = Path(__file__).parents[4]
 PROGRAM = """
 import json, os, sys, threading
@@ -71,6 +73,28 @@ def test_a_team_of_two_has_a_core_each() -> None:
     assert [second] in bound
     assert beside == [[first], [first, second]]
     assert later == bound  # the same threads still
+
+
+@pytest.mark.skipif(not is_available(), reason="needs AVX512-BF16 without AMX")
+def test_one_thread_is_enough_where_no_more_is_wanted() -> None:
+    program = """
+import os
+import torch
+from loramux.engine.kernels.cpu.product import PackedLinear
+from loramux.engine.kernels.cpu.threads import use_threads
+
+use_threads(1)
+before = len(os.listdir("/proc/self/task"))
+PackedLinear(torch.ones(512, 512, dtype=torch.bfloat16), None)(torch.ones(4, 512, dtype=torch.bfloat16))
+torch.ones(1 << 20).exp()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.strip() == "0"
 
 
 @pytest.mark.parametrize(("num_threads", "environment"), [(1, {}), (2, {"OMP_PROC_BIND": "false"}), (3, {})])
