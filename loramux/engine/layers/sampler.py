@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loramux.engine.kernels.cpu.best import best_tokens
+from loramux.engine.kernels.cpu.dtypes import TAGS, takes
 from loramux.engine.types import TokenLogprobs, TokenSampling
 
 NEG_INF = float("-inf")
@@ -71,22 +73,21 @@ def sample(logits: Tensor, rows: list[SamplingRow], mask: TokenMask | None = Non
         logits: [num_rows, vocab_size], any float dtype; not changed
         mask: of the rows that have a grammar
     """
-    raw = logits.float()
-    processed = process_logits(raw, rows, mask)
+    processed = process_logits(logits, rows, mask)
     token_ids = _best(processed)
     drawing = [i for i, row in enumerate(rows) if not row.is_greedy]
     if drawing:
-        token_ids[drawing] = _draw(processed[drawing], [rows[i] for i in drawing])
+        token_ids[drawing] = _draw(processed[drawing].float(), [rows[i] for i in drawing])
     ids = token_ids.tolist()
-    return SamplerOutput(ids, requested_logprobs(raw, ids, rows), _impossible(processed, rows, mask))
+    return SamplerOutput(ids, requested_logprobs(logits, ids, rows), _impossible(processed, rows, mask))
 
 
 def process_logits(raw: Tensor, rows: list[SamplingRow], mask: TokenMask | None = None) -> Tensor:
-    """Apply everything that comes before the temperature. Copies only if some row asks for it."""
+    """Apply everything that comes before the temperature, in float32. `raw` itself if no row asks for any."""
     changed = [i for i, row in enumerate(rows) if _is_changed(row)]
     if not changed and mask is None:
         return raw
-    logits = raw.clone()
+    logits = raw.to(torch.float32, copy=True)
     for i in changed:
         _edit(logits[i], rows[i])
     penalised = [i for i in changed if has_penalties(rows[i].sampling)]
@@ -136,8 +137,13 @@ def uniforms(seeds: list[int], steps: list[int]) -> npt.NDArray[np.float64]:
 
 def _best(logits: Tensor) -> Tensor:
     """The first of the best tokens of every row; [num_rows] int64."""
+    num_rows, width = logits.shape
+    if takes(logits, width) and logits.is_contiguous():
+        best = np.empty(num_rows, dtype=np.int64)
+        best_tokens(TAGS[logits.dtype], logits.data_ptr(), width, best)
+        return torch.from_numpy(best)
     if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))  # a seventh of the time of torch's
+        return torch.from_numpy(logits.float().numpy().argmax(axis=-1))  # a seventh of the time of torch's
     return logits.argmax(dim=-1)
 
 

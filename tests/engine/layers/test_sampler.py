@@ -49,6 +49,23 @@ def test_greedy_takes_the_first_of_the_best() -> None:
     assert sample(logits.bfloat16(), [row(temperature=0.0)] * 3).token_ids == [1, 0, 0]
 
 
+def test_logits_in_bfloat16_give_what_they_give_in_float32() -> None:
+    logits = torch.randn(6, 4096, generator=torch.Generator().manual_seed(3)).bfloat16()
+    rows = [
+        row(temperature=0.0),
+        row(4, temperature=0.7, top_p=0.9),
+        row(temperature=0.0, logit_bias={7: 50.0}),
+        row(temperature=0.0, logprobs=3, logprob_token_ids=[5]),
+        row(5, temperature=1.0, repetition_penalty=1.5, tokens=[0, 1, 2]),
+        row(temperature=0.0, allowed_token_ids=[9, 90]),
+    ]
+    forbidden = torch.zeros(1, 4096, dtype=torch.bool)
+    forbidden[0, logits[0].argmax()] = True
+
+    for chosen, mask in ((rows, None), ([rows[0]] * 6, None), (rows, TokenMask([0], forbidden))):
+        assert sample(logits, chosen, mask) == sample(logits.float(), chosen, mask)
+
+
 def test_named_tokens_stand_behind_the_best_and_none_stands_twice(logits: torch.Tensor) -> None:
     best = logits.topk(2).indices.tolist()
     worst = int(logits.argmin())

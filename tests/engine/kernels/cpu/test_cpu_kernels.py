@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from loramux.engine.kernels.attention import reference_attention
 from loramux.engine.kernels.cpu.attention import attend_parallel, attend_range, scratch_size, tile_of
+from loramux.engine.kernels.cpu.best import best_tokens
 from loramux.engine.kernels.cpu.dtypes import TAGS
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.rows import rms_norm, rotate_and_store, silu_mul
@@ -165,3 +166,32 @@ def test_gate_equals_torch(dtype: torch.dtype) -> None:
 
     expected = functional.silu(gate) * up
     torch.testing.assert_close(out, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def best_of(x: Tensor) -> list[int]:
+    out = np.full(len(x), -1, dtype=np.int64)
+    best_tokens(TAGS[x.dtype], x.data_ptr(), x.shape[1], out)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 48, 1024, 1040, 5008])
+def test_the_best_token_is_the_first_of_the_largest(dtype: torch.dtype, width: int) -> None:
+    x = torch.randn(64, width).mul(3).round().to(dtype)  # many are equal
+    x[:32] -= 1000
+    x[torch.arange(32), torch.randint(width, (32,))] = -5.0  # one is the best, anywhere
+    x[62] = -0.0
+    x[62, 5:] = 0.0  # equal to the others
+    x[63] = -torch.inf
+
+    assert best_of(x) == x.float().numpy().argmax(axis=1).tolist()
+    assert best_of(x)[62:] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_is_never_the_best_token(dtype: torch.dtype) -> None:
+    x = torch.full((3, 2048), torch.nan, dtype=dtype)
+    x[1, 1500], x[1, 1700] = -3.0, -2.0
+    x[2, 7] = torch.inf
+
+    assert best_of(x) == [0, 1700, 7]
