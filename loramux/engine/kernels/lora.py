@@ -16,7 +16,9 @@ Two regimes, chosen by `plan_lora` from the number of tokens:
   plain torch, one shrink over the pool's prefix that is in use, a mask that keeps each token's own
   lanes, one expand a part: operator dispatch dominates, so fewer and larger is faster.
 - many tokens (prompt chunks): tokens of one adapter are consecutive; each segment is shrunk and
-  expanded with its true rank, so arithmetic is not multiplied by the number of adapters resident.
+  expanded with its true rank, so arithmetic is not multiplied by the number of adapters resident. On a
+  CPU that multiplies pairs of bfloat16 a compiled kernel does that and the base product in one, for
+  every long enough run of one adapter's tokens.
 
 `reference_lora` says the same token by token and is what the tests hold every form to. Adapters
 hold finite numbers only (checked at load), so a masked lane contributes exactly zero.
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from loramux.engine.kernels.cpu.dtypes import Ints
 from loramux.engine.kernels.cpu.lora import LoraKernel, LoraRows, site_table
+from loramux.engine.kernels.cpu.lora_prompts import LEAST_TOKENS, LoraPrompts
 
 ROW_MULTIPLE = 128  # of [weight; lanes], so that the tiles of a product are whole
 MASKED_MAX_TOKENS = 64  # above it a token range is computed segment by segment
@@ -116,6 +119,7 @@ class LoraInput:
     segments: list[Segment]
     gains: Sequence[GainSegment] = ()
     rows: LoraRows | None = None
+    prompts: LoraPrompts | None = None  # what `segments` say, for sites whose product it can multiply, too
 
 
 def plan_lora(
@@ -137,10 +141,17 @@ def plan_lora(
     """
     if not segments:
         return None
+    if kernel is not None and kernel.takes_prompts:
+        rows = [s for s in segments if s.end - s.begin < LEAST_TOKENS]
+        prompts = [s for s in segments if s.end - s.begin >= LEAST_TOKENS]
+        return LoraInput(
+            *(None, prompts, gains, kernel.plan(_groups(rows)) if rows else None),
+            kernel.plan_prompts(_groups(prompts)) if prompts else None,
+        )
     decode = [s for s in segments if s.end <= num_decode_tokens]
     prompts = [s for s in segments if s.end > num_decode_tokens]
     if kernel is not None:
-        return LoraInput(None, prompts, gains, _rows(decode, kernel) if decode else None)
+        return LoraInput(None, prompts, gains, kernel.plan(_groups(decode)) if decode else None)
     if len(decode) <= 1 or decode[-1].end - decode[0].begin > MASKED_MAX_TOKENS * len(decode):
         return LoraInput(None, segments, gains)
     begin, end = decode[0].begin, decode[-1].end
@@ -151,9 +162,9 @@ def plan_lora(
     return LoraInput(MaskedRange(begin, end, num_lanes, mask.to(device)), prompts, gains)
 
 
-def _rows(segments: list[Segment], kernel: LoraKernel) -> LoraRows:
-    groups = [(s.begin, s.end - s.begin, s.first_lane, s.rank) for s in segments]
-    return kernel.plan(np.array(groups, dtype=np.int64))
+def _groups(segments: list[Segment]) -> Ints:
+    """[num_groups, 4]: first token, tokens, first lane, lanes."""
+    return np.array([(s.begin, s.end - s.begin, s.first_lane, s.rank) for s in segments], dtype=np.int64)
 
 
 def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None:
@@ -172,12 +183,7 @@ def apply_lora(out: Tensor, x: Tensor, site: SiteLanes, plan: LoraInput) -> None
         r = plan.masked
         shrunk = _shrink(x[r.begin : r.end], site.a[: r.num_lanes]).mul_(r.mask)
         _expand(out[r.begin : r.end], shrunk, site, slice(0, r.num_lanes))
-    add_segments(out, x, site, plan.segments)
-
-
-def add_segments(out: Tensor, x: Tensor, site: SiteLanes, segments: list[Segment]) -> None:
-    """The module's equation for these tokens alone, in place; as for `apply_lora`."""
-    for s in segments:
+    for s in plan.segments:
         lanes = slice(s.first_lane, s.first_lane + s.rank)
         _expand(out[s.begin : s.end], _shrink(x[s.begin : s.end], site.a[lanes]), site, lanes)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from loramux.engine.kernels.cpu.lora import product_code
 from loramux.engine.kernels.cpu.product import PackedLinear, supports
-from loramux.engine.kernels.lora import LoraInput, SiteLanes, add_segments, apply_lora
+from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
 from loramux.engine.layers.fp8_linear import Fp8Linear, QuantizeRows, check_fp8, quantize_rows
 from loramux.engine.layers.int8_linear import Int8Linear, check_int8
 from loramux.engine.parallel.peers import Peers
@@ -89,9 +89,12 @@ class LoraLinear:
         """The base output plus what each token's adapter adds; base-only steps pay nothing."""
         if lora is None or self.lanes is None:
             out = self.linear(x)
+        elif self._packed is not None and lora.prompts is not None and not lora.gains:
+            out = lora.prompts.multiply(self._packed, x, self.lanes.address)
+            if lora.rows is not None:
+                lora.rows.add(out, x, self.lanes.address)
         elif self._packed is not None and lora.rows is not None and not lora.gains:
             out = lora.rows.multiply(self._code, self._packed, x, self.lanes.address)
-            add_segments(out, x, self.lanes, lora.segments)
         else:
             out = self.linear(x)
             apply_lora(out, x, self.lanes, lora)

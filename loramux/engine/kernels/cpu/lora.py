@@ -41,12 +41,14 @@ from loramux.engine.kernels.cpu.lora_loops import (
     runs_to_read,
     shrink,
 )
+from loramux.engine.kernels.cpu.lora_prompts import LoraPrompts
 from loramux.engine.kernels.cpu.product import (
     FEW_ROWS,
     PANEL_ROWS,
     SCRATCH_BYTES,
     Form,
     PackedLinear,
+    has_pairs,
     multiply_strips,
     scratch,
 )
@@ -95,6 +97,8 @@ class LoraKernel:
         self._totals = np.zeros(self._num_threads * BLOCK * widest, dtype=np.float32)
         self._scratch = scratch(self._num_threads)
         self._meeting = np.zeros(16, dtype=np.int64)
+        self._room_of_prompts = torch.empty(0, dtype=torch.uint8)
+        self.takes_prompts = dtype == torch.bfloat16 and has_pairs()
         functions = (0, 0, 0, 0) if threads is None else threads[1:]
         self._room = (*functions, self._meeting.ctypes.data)
 
@@ -119,6 +123,11 @@ class LoraKernel:
             self._run(code, address, self._num_threads, 0)
 
         return LoraRows(call, add, multiply, (table, runs, self._sums, self._totals))
+
+    def plan_prompts(self, groups: Ints) -> LoraPrompts:
+        """A step's groups that are long enough for it; as for `plan`, if it `takes_prompts`."""
+        room = self._room_of_prompts
+        return LoraPrompts(groups, self._num_parts, self._scratch, self._num_threads, room)
 
 
 class LoraRows:

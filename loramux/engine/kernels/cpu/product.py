@@ -41,7 +41,7 @@ FEW_BYTE_ROWS: Final = 12  # the same for int8, which one strip at a time would 
 BLOCK_ROWS: Final = 8
 PANEL_ROWS: Final = 128
 CHUNK_PAIRS: Final = 2048
-_LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
+LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
 _AHEAD: Final = 8192  # bytes that a stream is asked for before it is read
 _NO_LIMIT: Final = 1 << 62  # to addresses that are asked for
 _NEAR: Final = 1024  # the same where it lies in the cache
@@ -55,7 +55,7 @@ Pairs = npt.NDArray[np.int32 | np.int16]
 Form = np.uint16 | np.int8  # BFLOAT16 | INT8
 
 _ONE, _TWO = units(1), units(2)
-_LEAST, _BLOCK, _FEW = units(_LEAST_BLOCK), units(BLOCK_ROWS), units(FEW_ROWS)
+_LEAST, _BLOCK, _FEW = units(LEAST_BLOCK), units(BLOCK_ROWS), units(FEW_ROWS)
 
 
 class PackedLinear:
@@ -118,7 +118,12 @@ def supports(weight: Tensor) -> bool:
 @cache
 def is_available() -> bool:
     """True if this processor has the instruction, and no tiles (AMX), which oneDNN knows better."""
-    return "+avx512bf16" in _features() and "+amx-bf16" not in _features()
+    return has_pairs() and "+amx-bf16" not in _features()
+
+
+def has_pairs() -> bool:
+    """True if this processor multiplies pairs of bfloat16."""
+    return "+avx512bf16" in _features()
 
 
 @cache

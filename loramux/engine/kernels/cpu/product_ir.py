@@ -25,6 +25,7 @@ STEP: Final = 2  # pairs that one turn of the inner loop takes; `pairs` is a mul
 FROM_SUMS: Final = 1  # the tile goes on from `sums`
 INTO_SUMS: Final = 2  # the tile leaves its result in `sums`, unrounded and without the bias
 WIDENED: Final = 4  # the tile reads `wide` instead of a weight of bytes
+FROM_OUT: Final = 8  # the tile adds to what `out` holds, all of whose columns exist
 
 _I16: Final = ir.IntType(16)
 _I32: Final = ir.IntType(32)
@@ -78,7 +79,7 @@ def multiply_tile(
         ahead, other: where two streams begin that are asked for meanwhile; the second ends at `other_last`
         wide: address of the strips in bfloat16: several strips leave bytes there, or find them, see `stage`
         sums: address of [most, strips * 16] float32, used as `stage` says
-        stage: any of FROM_SUMS, INTO_SUMS, WIDENED
+        stage: any of FROM_SUMS, INTO_SUMS, WIDENED, FROM_OUT
         scale: the first strip's sixteen float32, followed by the next one's
         bias, bias_stride: the first strip's sixteen float32; from one strip to the next
         out, out_stride: the first row's first column; from one row to the next
@@ -192,6 +193,9 @@ class _Tile:
         with self.b.if_then(self._has(FROM_SUMS)):
             for i, slot in enumerate(slots):
                 self.b.store(self.v.load(self.sums, self.v.i64(i * LANES), types.float32), slot)
+        with self.b.if_then(self._has(FROM_OUT)):
+            for (row, strip), slot in zip(self.cells, slots, strict=True):
+                self.b.store(self.v.load(self.out[row], self.v.i64(strip * LANES), types.uint16), slot)
         return [self.b.load(slot) for slot in slots]
 
     def _step(self, pair: Value, totals: list[Value], vectors: list[list[Value]]) -> list[Value]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from loramux.engine.kernels.cpu import product
-from loramux.engine.kernels.cpu.lora import LoraKernel, product_code
-from loramux.engine.kernels.lora import Segment, SiteLanes, apply_lora, plan_lora, reference_lora
+from loramux.engine.kernels.cpu.lora import LoraKernel, LoraRows, product_code
+from loramux.engine.kernels.lora import Segment, SiteLanes, reference_lora
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-CPU = torch.device("cpu")
 
 # widths of the parts, in_features; a line of the kernel is 32 elements, a vector 16
 SHAPES = {
@@ -41,12 +41,13 @@ def add(
     pool: SiteLanes, x: torch.Tensor, base: torch.Tensor, segments: list[Segment], num_threads: int
 ) -> torch.Tensor:
     out = base.clone()
-    kernel = LoraKernel(x.dtype, len(pool.b), max(b.shape[1] for b in pool.b), num_threads)
-    plan = plan_lora(segments, len(x), dtype=x.dtype, device=CPU, kernel=kernel)
-    assert plan is not None
-    assert plan.rows is not None
-    apply_lora(out, x, pool, plan)
+    rows(pool, x.dtype, segments, num_threads).add(out, x, pool.address)
     return out
+
+
+def rows(pool: SiteLanes, dtype: torch.dtype, segments: list[Segment], num_threads: int) -> LoraRows:
+    kernel = LoraKernel(dtype, len(pool.b), max(b.shape[1] for b in pool.b), num_threads)
+    return kernel.plan(np.array([(s.begin, s.end - s.begin, s.first_lane, s.rank) for s in segments]))
 
 
 def expected(pool: SiteLanes, x: torch.Tensor, base: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
@@ -133,12 +134,9 @@ def test_a_product_in_the_same_call_yields_the_same_bits(
     wanted = add(pool, x, linear(x), segments, 2)
 
     for num_threads in (1, 2, 3):
-        kernel = LoraKernel(torch.bfloat16, len(widths), max(widths), num_threads)
-        plan = plan_lora(segments, num_rows, dtype=torch.bfloat16, device=CPU, kernel=kernel)
-        assert plan is not None
-        assert plan.rows is not None
+        plan = rows(pool, torch.bfloat16, segments, num_threads)
         for _ in range(3):  # threads meet again and again
-            assert torch.equal(plan.rows.multiply(product_code(form), linear, x, pool.address), wanted)
+            assert torch.equal(plan.multiply(product_code(form), linear, x, pool.address), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

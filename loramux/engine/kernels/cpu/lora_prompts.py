@@ -1,0 +1,295 @@
+"""Base products and LoRA of prompts on a CPU: both run at the speed of the product's own loop.
+
+    out[t] = round(round(x[t] · Wᵀ * scale + bias) + sum over parts of (x[t] · A_partᵀ) · B_part)
+
+A and B of an adapter are laid out as the strips of a product, some of k a lane, at the start of each call:
+that is little beside a group's tokens. Then all parts' dots are one product, rounded to bfloat16, and what
+they add to two strips of a panel's rows is one more, done while these lie in the cache.
+
+Like `lora.py` for few rows; the reference is `loramux.engine.kernels.lora.reference_lora`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from numba import carray, njit, prange
+from torch import Tensor
+
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address, units
+from loramux.engine.kernels.cpu.lora_loops import BEGIN, COUNT, FIRST, OFFSET, RANK, STRIDE, WIDTH, B, Ints
+from loramux.engine.kernels.cpu.product import (
+    BLOCK_ROWS,
+    FEW_ROWS,
+    LEAST_BLOCK,
+    PANEL_ROWS,
+    SCRATCH_BYTES,
+    Form,
+    PackedLinear,
+    multiply_strips,
+)
+from loramux.engine.kernels.cpu.product_ir import FROM_OUT, STEP, multiply_tile
+from loramux.engine.kernels.cpu.threads import as_ints
+from loramux.engine.kernels.cpu.vector_ir import LANES
+
+LEAST_TOKENS: Final = FEW_ROWS + 1  # of a group; with fewer, `lora.py` is faster
+
+_LANE_MULTIPLE: Final = 2 * STEP
+_ONE, _TWO, _LEAST, _BLOCK = units(1), units(2), units(LEAST_BLOCK), units(BLOCK_ROWS)
+_FORMS: Final[dict[torch.dtype, Form]] = {torch.bfloat16: BFLOAT16, torch.int8: INT8}
+_ZEROS: Final = np.zeros(LANES, dtype=np.float32)
+
+Room = tuple[Address, Address, Address]  # of a group: A in strips, the dots, B in strips
+
+
+class LoraPrompts:
+    """Groups of at least LEAST_TOKENS tokens of one adapter; the same at every site."""
+
+    __slots__ = ("_groups", "_num_parts", "_room", "_scratch", "_threads")
+
+    def __init__(self, groups: Ints, num_parts: int, scratch: Tensor, threads: int, room: Tensor) -> None:
+        """Args:
+        groups: [num_groups, 4]: first token, tokens, first lane, lanes; in the order of tokens
+        num_parts: the most of any site
+        scratch: of so many threads, see `product.scratch`
+        room: bytes to work in, resized as needed
+        """
+        self._groups = groups
+        self._num_parts = num_parts
+        self._scratch = scratch
+        self._threads = threads
+        self._room = room
+
+    def multiply(self, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
+        """What `linear(x)` yields, with these groups' lanes added.
+
+        Args:
+            x: [num_tokens, in_features], contiguous
+            site: address of its `site_table`
+        """
+        rows, in_features = x.shape
+        out = torch.empty((rows, linear.out_features), dtype=x.dtype)
+        size = _bytes(self._groups, self._num_parts, in_features, linear.out_features)
+        if len(self._room) < size:
+            self._room.resize_(size)
+        places = (self._scratch.data_ptr(), self._room.data_ptr(), _ZEROS.ctypes.data)
+        addresses = (x.data_ptr(), out.data_ptr(), rows, linear.address, site)
+        _multiply(_FORMS[linear.dtype], *addresses, self._groups, *places, self._threads)
+        return out
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def _multiply(
+    form: Form,
+    x: Address,
+    out: Address,
+    rows: int,
+    product: Address,
+    site: Address,
+    groups: Ints,
+    scratch: Address,
+    room: Address,
+    zeros: Address,
+    threads: int,
+) -> None:
+    """The module's equation; rows of no group get the base product."""
+    linear = carray(as_ints(product), 6)
+    pairs, columns = linear[4], linear[5]
+    head = carray(as_ints(site), 6)
+    num_parts = head[5]
+    lanes = (head[0], head[2], carray(as_ints(site + 48), (num_parts, 4)))
+    ranks = carray(as_ints(head[3]), (num_parts, head[4]))
+    twos = -(-columns // (2 * LANES))
+    for thread in prange(threads):
+        first, last = twos * thread // threads * 2, min(twos * (thread + 1) // threads * 2, columns // LANES)
+        for g in range(len(groups)):
+            places = _places(groups, g, num_parts, pairs, columns, room)
+            _pack_a(*lanes, ranks, groups[g], places[0], pairs, thread, threads)
+            _pack_b(lanes[2], ranks, groups[g], places[2], first, last)
+    for thread in prange(threads):
+        for g in range(len(groups)):
+            places = _places(groups, g, num_parts, pairs, columns, room)
+            width = _width(ranks, groups[g])
+            begin = groups[g, COUNT] * thread // threads
+            end = groups[g, COUNT] * (thread + 1) // threads
+            source = x + (groups[g, BEGIN] + begin) * pairs * 4
+            dots = (source, places[1] + begin * width * 2, end - begin, places[0])
+            place = (0, zeros, 0, scratch + thread * SCRATCH_BYTES, pairs, width)
+            multiply_strips(BFLOAT16, *dots, *place, 0, -(-width // LANES), 0, 0)
+    for thread in prange(threads):
+        first, last = twos * thread // threads * 2, min(twos * (thread + 1) // threads * 2, columns // LANES)
+        own = (linear[0], linear[1], linear[2], linear[3], scratch + thread * SCRATCH_BYTES, pairs, columns)
+        row = 0
+        for g in range(len(groups) + 1):
+            begin = groups[g, BEGIN] if g < len(groups) else rows
+            if begin > row:
+                start = (x + row * pairs * 4, out + row * columns * 2, begin - row)
+                multiply_strips(form, *start, *own, first, last, 0, 0)
+            if g < len(groups):
+                places = _places(groups, g, num_parts, pairs, columns, room)
+                _multiply_group(
+                    *(form, x, out, *own, lanes[2], ranks, groups[g], places[1], places[2], zeros),
+                    *(first, last),
+                )
+                row = begin + groups[g, COUNT]
+
+
+@njit(cache=True, error_model="numpy")
+def _multiply_group(
+    form: Form,
+    x: Address,
+    out: Address,
+    weight: Address,
+    scale: Address,
+    bias: Address,
+    bias_stride: int,
+    scratch: Address,
+    pairs: int,
+    columns: int,
+    parts: Ints,
+    ranks: Ints,
+    group: Ints,
+    dots: Address,
+    lanes: Address,
+    zeros: Address,
+    first: int,
+    last: int,
+) -> None:
+    """A group's rows of the strips [first, last)."""
+    own = (weight, scale, bias, bias_stride, scratch, pairs, columns)
+    width = _width(ranks, group)
+    panels = -(-group[COUNT] // PANEL_ROWS)
+    for panel in range(panels):
+        begin = group[COUNT] * panel // panels
+        height = group[COUNT] * (panel + 1) // panels - begin
+        row = group[BEGIN] + begin
+        source, target = x + row * pairs * 4, out + row * columns * 2
+        column = 0
+        for part in range(len(parts)):
+            rank = _padded(ranks[part, group[FIRST]], group[RANK])
+            left = max(first, parts[part, OFFSET] // LANES)
+            right = min(last, (parts[part, OFFSET] + parts[part, WIDTH]) // LANES)
+            h = dots + (begin * width + column) * 2
+            for strip in range(left, right, 2):
+                end = min(strip + 2, right)
+                multiply_strips(form, source, target, height, *own, strip, end, 0, 0)
+                if rank > 0:
+                    stride = _padded(group[RANK], group[RANK]) * LANES * 2
+                    here, goal = lanes + strip * stride, target + strip * LANES * 2
+                    _add(h, width, here, stride, rank, goal, columns, height, end - strip, zeros)
+            column += rank
+
+
+@njit(cache=True, error_model="numpy")
+def _add(
+    dots: Address,
+    width: int,
+    lanes: Address,
+    stride: int,
+    rank: int,
+    out: Address,
+    columns: int,
+    height: int,
+    strips: int,
+    zeros: Address,
+) -> None:
+    """What the lanes of one part add to one strip or two of a panel."""
+    blocks = -(-height // BLOCK_ROWS)
+    for block in range(blocks):
+        row = height * block // blocks
+        rows = height * (block + 1) // blocks - row
+        tile = (rows, dots + row * width * 2, width * 2, lanes, stride, rank // 2, lanes, lanes, lanes)
+        goal = (0, 0, FROM_OUT, zeros, zeros, 0, out + row * columns * 2, columns * 2, strips * LANES)
+        if strips == 2:
+            multiply_tile(BFLOAT16, _LEAST, _BLOCK, _TWO, *tile, *goal)
+        else:
+            multiply_tile(BFLOAT16, _LEAST, _BLOCK, _ONE, *tile, *goal)
+
+
+@njit(cache=True, error_model="numpy")
+def _pack_a(
+    a: Address,
+    stride: int,
+    parts: Ints,
+    ranks: Ints,
+    group: Ints,
+    packed: Address,
+    pairs: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """A thread's share of k of a group's A, all parts side by side: [width / 16, pairs, 16] pairs."""
+    first, last = pairs * thread // threads, pairs * (thread + 1) // threads
+    column = 0
+    for part in range(len(parts)):
+        rank = min(group[RANK], ranks[part, group[FIRST]])
+        for lane in range(_padded(rank, rank)):
+            place = packed + column // LANES * pairs * CACHE_LINE
+            strip = carray(as_ints(place), (pairs, LANES // 2)).view(np.int32)
+            start = a + ((group[FIRST] + lane) * stride + part * 2 * pairs) * 2
+            values = carray(as_ints(start), pairs // 2).view(np.int32)
+            for pair in range(first, last):
+                strip[pair, column % LANES] = values[pair] if lane < rank else 0
+            column += 1
+
+
+@njit(cache=True, error_model="numpy")
+def _pack_b(parts: Ints, ranks: Ints, group: Ints, packed: Address, first: int, last: int) -> None:
+    """The strips [first, last) of a group's B: [columns / 16, lanes / 2, 16] pairs, zero-padded."""
+    pairs = _padded(group[RANK], group[RANK]) // 2
+    for part in range(len(parts)):
+        rank = min(group[RANK], ranks[part, group[FIRST]])
+        left = max(first, parts[part, OFFSET] // LANES)
+        right = min(last, (parts[part, OFFSET] + parts[part, WIDTH]) // LANES)
+        row = parts[part, STRIDE] * 2
+        for lane in range(0, _padded(rank, rank), 2):
+            start = parts[part, B] + (group[FIRST] + lane) * row + (left * LANES - parts[part, OFFSET]) * 2
+            count = max(right - left, 0) * LANES
+            upper = carray(as_ints(start), count // 4).view(np.uint16)
+            lower = carray(as_ints(start + row), count // 4).view(np.uint16)
+            for strip in range(left, right):
+                place = packed + (strip * pairs + lane // 2) * CACHE_LINE
+                line = carray(as_ints(place), LANES // 2).view(np.uint32)
+                for i in range(LANES):
+                    at = (strip - left) * LANES + i
+                    one = np.uint32(upper[at]) if lane < rank else np.uint32(0)
+                    other = np.uint32(lower[at]) if lane + 1 < rank else np.uint32(0)
+                    line[i] = one | other << np.uint32(16)
+
+
+@njit(cache=True, error_model="numpy")
+def _places(groups: Ints, index: int, num_parts: int, pairs: int, columns: int, room: Address) -> Room:
+    """Where a group's room lies."""
+    room += _bytes(groups[:index], num_parts, 2 * pairs, columns)
+    rank = _padded(groups[index, RANK], groups[index, RANK])
+    dots = room + -(-num_parts * rank // LANES) * LANES * pairs * 4
+    return room, dots, dots + -(-groups[index, COUNT] * num_parts * rank * 2 // CACHE_LINE) * CACHE_LINE
+
+
+@njit(cache=True, error_model="numpy")
+def _bytes(groups: Ints, num_parts: int, in_features: int, out_features: int) -> int:
+    """Of the room of all these groups."""
+    total = 0
+    for g in range(len(groups)):
+        rank = _padded(groups[g, RANK], groups[g, RANK])
+        total += -(-num_parts * rank // LANES) * LANES * in_features * 2
+        total += -(-groups[g, COUNT] * num_parts * rank * 2 // CACHE_LINE) * CACHE_LINE
+        total += rank * out_features * 2
+    return total
+
+
+@njit(cache=True, error_model="numpy")
+def _width(ranks: Ints, group: Ints) -> int:
+    """Dots of a token: all parts' lanes."""
+    width = 0
+    for part in range(len(ranks)):
+        width += _padded(ranks[part, group[FIRST]], group[RANK])
+    return width
+
+
+@njit(cache=True, error_model="numpy")
+def _padded(rank: int, most: int) -> int:
+    """Lanes of a part as the product takes them."""
+    return -(-min(rank, most) // _LANE_MULTIPLE) * _LANE_MULTIPLE
