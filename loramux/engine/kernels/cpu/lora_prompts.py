@@ -19,10 +19,10 @@ from numba import carray, njit, prange
 from torch import Tensor
 
 from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address, units
-from loramux.engine.kernels.cpu.lora_loops import BEGIN, COUNT, FIRST, OFFSET, RANK, STRIDE, WIDTH, B, Ints
+from loramux.engine.kernels.cpu.lora_loops import BEGIN, COUNT, FIRST, OFFSET, RANK, WIDTH, Ints
+from loramux.engine.kernels.cpu.lora_pack import pack_a, pack_b, padded
 from loramux.engine.kernels.cpu.product import (
     BLOCK_ROWS,
-    FEW_ROWS,
     LEAST_BLOCK,
     PANEL_ROWS,
     SCRATCH_BYTES,
@@ -30,13 +30,12 @@ from loramux.engine.kernels.cpu.product import (
     PackedLinear,
     multiply_strips,
 )
-from loramux.engine.kernels.cpu.product_ir import FROM_OUT, STEP, multiply_tile
+from loramux.engine.kernels.cpu.product_ir import FROM_OUT, multiply_tile
 from loramux.engine.kernels.cpu.threads import as_ints
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
-LEAST_TOKENS: Final = FEW_ROWS + 1  # of a group; with fewer, `lora.py` is faster
+LEAST_TOKENS: Final = 128  # of a group; with fewer, `lora.py` is faster
 
-_LANE_MULTIPLE: Final = 2 * STEP
 _ONE, _TWO, _LEAST, _BLOCK = units(1), units(2), units(LEAST_BLOCK), units(BLOCK_ROWS)
 _FORMS: Final[dict[torch.dtype, Form]] = {torch.bfloat16: BFLOAT16, torch.int8: INT8}
 _ZEROS: Final = np.zeros(LANES, dtype=np.float32)
@@ -51,7 +50,7 @@ class LoraPrompts:
 
     def __init__(self, groups: Ints, num_parts: int, scratch: Tensor, threads: int, room: Tensor) -> None:
         """Args:
-        groups: [num_groups, 4]: first token, tokens, first lane, lanes; in the order of tokens
+        groups: [num_groups, 4]: first token, tokens (17 at least), first lane, lanes; in the order of tokens
         num_parts: the most of any site
         scratch: of so many threads, see `product.scratch`
         room: bytes to work in, resized as needed
@@ -106,8 +105,8 @@ def _multiply(
         first, last = twos * thread // threads * 2, min(twos * (thread + 1) // threads * 2, columns // LANES)
         for g in range(len(groups)):
             places = _places(groups, g, num_parts, pairs, columns, room)
-            _pack_a(*lanes, ranks, groups[g], places[0], pairs, thread, threads)
-            _pack_b(lanes[2], ranks, groups[g], places[2], first, last)
+            pack_a(*lanes, ranks, groups[g], places[0], pairs, thread, threads)
+            pack_b(lanes[2], ranks, groups[g], places[2], first, last)
     for thread in prange(threads):
         for g in range(len(groups)):
             places = _places(groups, g, num_parts, pairs, columns, room)
@@ -168,7 +167,7 @@ def _multiply_group(
         source, target = x + row * pairs * 4, out + row * columns * 2
         column = 0
         for part in range(len(parts)):
-            rank = _padded(ranks[part, group[FIRST]], group[RANK])
+            rank = padded(ranks[part, group[FIRST]], group[RANK])
             left = max(first, parts[part, OFFSET] // LANES)
             right = min(last, (parts[part, OFFSET] + parts[part, WIDTH]) // LANES)
             h = dots + (begin * width + column) * 2
@@ -176,7 +175,7 @@ def _multiply_group(
                 end = min(strip + 2, right)
                 multiply_strips(form, source, target, height, *own, strip, end, 0, 0)
                 if rank > 0:
-                    stride = _padded(group[RANK], group[RANK]) * LANES * 2
+                    stride = padded(group[RANK], group[RANK]) * LANES * 2
                     here, goal = lanes + strip * stride, target + strip * LANES * 2
                     _add(h, width, here, stride, rank, goal, columns, height, end - strip, zeros)
             column += rank
@@ -209,61 +208,10 @@ def _add(
 
 
 @njit(cache=True, error_model="numpy")
-def _pack_a(
-    a: Address,
-    stride: int,
-    parts: Ints,
-    ranks: Ints,
-    group: Ints,
-    packed: Address,
-    pairs: int,
-    thread: int,
-    threads: int,
-) -> None:
-    """A thread's share of k of a group's A, all parts side by side: [width / 16, pairs, 16] pairs."""
-    first, last = pairs * thread // threads, pairs * (thread + 1) // threads
-    column = 0
-    for part in range(len(parts)):
-        rank = min(group[RANK], ranks[part, group[FIRST]])
-        for lane in range(_padded(rank, rank)):
-            place = packed + column // LANES * pairs * CACHE_LINE
-            strip = carray(as_ints(place), (pairs, LANES // 2)).view(np.int32)
-            start = a + ((group[FIRST] + lane) * stride + part * 2 * pairs) * 2
-            values = carray(as_ints(start), pairs // 2).view(np.int32)
-            for pair in range(first, last):
-                strip[pair, column % LANES] = values[pair] if lane < rank else 0
-            column += 1
-
-
-@njit(cache=True, error_model="numpy")
-def _pack_b(parts: Ints, ranks: Ints, group: Ints, packed: Address, first: int, last: int) -> None:
-    """The strips [first, last) of a group's B: [columns / 16, lanes / 2, 16] pairs, zero-padded."""
-    pairs = _padded(group[RANK], group[RANK]) // 2
-    for part in range(len(parts)):
-        rank = min(group[RANK], ranks[part, group[FIRST]])
-        left = max(first, parts[part, OFFSET] // LANES)
-        right = min(last, (parts[part, OFFSET] + parts[part, WIDTH]) // LANES)
-        row = parts[part, STRIDE] * 2
-        for lane in range(0, _padded(rank, rank), 2):
-            start = parts[part, B] + (group[FIRST] + lane) * row + (left * LANES - parts[part, OFFSET]) * 2
-            count = max(right - left, 0) * LANES
-            upper = carray(as_ints(start), count // 4).view(np.uint16)
-            lower = carray(as_ints(start + row), count // 4).view(np.uint16)
-            for strip in range(left, right):
-                place = packed + (strip * pairs + lane // 2) * CACHE_LINE
-                line = carray(as_ints(place), LANES // 2).view(np.uint32)
-                for i in range(LANES):
-                    at = (strip - left) * LANES + i
-                    one = np.uint32(upper[at]) if lane < rank else np.uint32(0)
-                    other = np.uint32(lower[at]) if lane + 1 < rank else np.uint32(0)
-                    line[i] = one | other << np.uint32(16)
-
-
-@njit(cache=True, error_model="numpy")
 def _places(groups: Ints, index: int, num_parts: int, pairs: int, columns: int, room: Address) -> Room:
     """Where a group's room lies."""
     room += _bytes(groups[:index], num_parts, 2 * pairs, columns)
-    rank = _padded(groups[index, RANK], groups[index, RANK])
+    rank = padded(groups[index, RANK], groups[index, RANK])
     dots = room + -(-num_parts * rank // LANES) * LANES * pairs * 4
     return room, dots, dots + -(-groups[index, COUNT] * num_parts * rank * 2 // CACHE_LINE) * CACHE_LINE
 
@@ -273,7 +221,7 @@ def _bytes(groups: Ints, num_parts: int, in_features: int, out_features: int) ->
     """Of the room of all these groups."""
     total = 0
     for g in range(len(groups)):
-        rank = _padded(groups[g, RANK], groups[g, RANK])
+        rank = padded(groups[g, RANK], groups[g, RANK])
         total += -(-num_parts * rank // LANES) * LANES * in_features * 2
         total += -(-groups[g, COUNT] * num_parts * rank * 2 // CACHE_LINE) * CACHE_LINE
         total += rank * out_features * 2
@@ -285,11 +233,5 @@ def _width(ranks: Ints, group: Ints) -> int:
     """Dots of a token: all parts' lanes."""
     width = 0
     for part in range(len(ranks)):
-        width += _padded(ranks[part, group[FIRST]], group[RANK])
+        width += padded(ranks[part, group[FIRST]], group[RANK])
     return width
-
-
-@njit(cache=True, error_model="numpy")
-def _padded(rank: int, most: int) -> int:
-    """Lanes of a part as the product takes them."""
-    return -(-min(rank, most) // _LANE_MULTIPLE) * _LANE_MULTIPLE
