@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -47,12 +48,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="session")
-def problems_of(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Problems]:
+def pythons(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Path]]]:
+    """The interpreter of each client that a test names; they are installed side by side: an index is slow."""
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    names = [str(item.callspec.params["client"]) for item in functions if "pythons" in item.fixturenames]
+    with ThreadPoolExecutor(3) as pool:
+        yield {name: pool.submit(client_python, name) for name in dict.fromkeys(names)}
+
+
+@pytest.fixture(scope="session")
+def problems_of(
+    pythons: dict[str, Future[Path]], world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Problems]:
     """What went wrong with each feature of a client; its script runs once."""
 
     @cache
     def run(client: str) -> Problems:
-        python = client_python(client)
+        python = pythons[client].result()
         report = tmp_path_factory.mktemp("clients") / f"{client}.json"
         module = f"tests.clients.with_{client.replace('-', '_')}"
         done = subprocess.run(
@@ -77,7 +89,6 @@ def _environ(home: Path) -> dict[str, str]:
         "PATH": os.environ["PATH"],
         "HOME": str(home),
         "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LANGSMITH_TRACING": "false",
         "NO_PROXY": "127.0.0.1",

@@ -24,7 +24,8 @@ def client_python(name: str) -> Path:
     """The interpreter of a client's venv; the first call on a machine installs it.
 
     The folder's name holds a hash of the pins and of the interpreter, so that a change makes a new one,
-    and a mark is set last, so that nobody uses one whose making was cut short.
+    and a mark is set last, so that nobody uses one whose making was cut short. What a client imports is
+    compiled when it does so: most of what is installed never is.
     """
     pins = REQUIREMENTS / f"{name}.txt"
     key = hashlib.sha256(pins.read_bytes() + f"{sys.executable} {sys.version}".encode()).hexdigest()[:16]
@@ -38,7 +39,7 @@ def client_python(name: str) -> Path:
             venv.create(folder, with_pip=False, clear=True)
             install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
             subprocess.run(
-                [*install, "--disable-pip-version-check", "--no-deps", "-r", str(pins)],
+                [*install, "--disable-pip-version-check", "--no-deps", "--no-compile", "-r", str(pins)],
                 check=True,
             )
             mark.touch()
