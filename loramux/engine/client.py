@@ -27,6 +27,7 @@ import zmq
 import zmq.asyncio
 
 from loramux.engine import messages
+from loramux.engine.busy import BusyFlag
 from loramux.engine.config import EngineConfig
 from loramux.engine.errors import EngineDead, LoramuxError, from_wire
 from loramux.engine.messages import FromEngine, ToEngine
@@ -257,16 +258,20 @@ class EngineClient:
 
     async def _read_frames(self) -> None:
         assert self._socket is not None
+        assert self._folder is not None
+        busy = BusyFlag(Path(self._folder.name))
         try:
             while True:
                 frame = await self._socket.recv()
                 self.last_heartbeat_s = time.monotonic()
                 for message in messages.decode_from_engine(frame):
                     self._dispatch(message)
-                await asyncio.sleep(0)  # a queue of frames must not hold up the loop: recv would not yield
+                await busy.lower_when_written()  # nor do queued frames hold up the loop: recv would not yield
         except Exception:  # without a reader everybody would wait for ever
             logger.exception("the engine's messages cannot be read")
             self.abandon("the engine sent what cannot be read")
+        finally:
+            busy.close()
 
     def _dispatch(self, message: FromEngine) -> None:
         match message:

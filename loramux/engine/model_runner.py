@@ -20,12 +20,13 @@ from loramux.engine.adapters.transfer import LaneTransfer
 from loramux.engine.adapters.unpacking import LaneUnpacker
 from loramux.engine.adapters.weights import HostAdapter, LanePool, read_adapter
 from loramux.engine.attention_backend import attention_shape, make_attention, steps_in_triton
+from loramux.engine.busy import BusyFlag
 from loramux.engine.config import EngineConfig
 from loramux.engine.cores import num_compute_threads
 from loramux.engine.errors import InvalidConfig
 from loramux.engine.kernels.attention import Attention
 from loramux.engine.kernels.cpu.product import renew_scratch
-from loramux.engine.kernels.cpu.threads import bind, use_threads
+from loramux.engine.kernels.cpu.threads import bind, heed, use_threads
 from loramux.engine.kernels.tables import AdapterTables
 from loramux.engine.kv_sizing import KvDemand, MemoryBudget, gib, plan_kv_cache
 from loramux.engine.layers.linear import can_hold_lanes, check_quantization
@@ -136,13 +137,16 @@ class ModelRunner:
         if isinstance(adapter, HostAdapter) and adapter.tables:
             self.tables[adapter.digest] = adapter.tables.to(self.device)
 
-    def bind_threads(self) -> None:
+    def bind_threads(self, server: BusyFlag) -> None:
         """Give the calling thread, which launches all steps, and those that compute with it a core each.
 
         Only for a process that is the engine's alone, and before requests come.
+
+        Args:
+            server: up while the server wants one of the cores; the calling thread then computes alone.
         """
-        if self.device.type == "cpu" and self._shard.size == 1:
-            bind()
+        if self.device.type == "cpu" and self._shard.size == 1 and bind():
+            heed(server)
 
     def keep_tables(self, residents: Set[str]) -> None:
         """Free the tables of adapters that lost their lanes."""

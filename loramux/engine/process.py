@@ -15,11 +15,13 @@ import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from loramux.engine import log_format, messages
+from loramux.engine.busy import BusyFlag
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
 from loramux.engine.errors import LoramuxError
@@ -35,8 +37,9 @@ _PR_SET_PDEATHSIG = 1
 class EngineProcess:
     """Reads messages, steps the engine, sends what came out; at most one frame a step."""
 
-    def __init__(self, engine: Engine, pair: zmq.Socket[bytes]) -> None:
+    def __init__(self, engine: Engine, pair: zmq.Socket[bytes], server: BusyFlag) -> None:
         self.engine = engine
+        self._server = server
         self._socket = pair
         self._poller = zmq.Poller()
         self._poller.register(pair, zmq.POLLIN)
@@ -52,6 +55,7 @@ class EngineProcess:
             self._receive(wait=not self.engine.has_work())
             outputs = self.engine.step()
             if outputs:
+                self._server.put_up()
                 self._out.append(messages.Outputs(outputs))
             for request_id, error in self.engine.take_failures():
                 self._fail_request(request_id, error)
@@ -135,10 +139,11 @@ def main(address: str, config_json: str) -> int:
         pair.close()
         context.term()
         return 1
-    engine.runner.bind_threads()
+    server = BusyFlag(Path(address.removeprefix("ipc://")).parent)
+    engine.runner.bind_threads(server)
     gc.collect()
     gc.freeze()  # what start-up allocated is never scanned again
-    EngineProcess(engine, pair).run()
+    EngineProcess(engine, pair, server).run()
     pair.close()
     context.term()
     return 0

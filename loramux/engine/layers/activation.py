@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from loramux.engine.kernels.cpu.dtypes import TAGS, split_evenly, takes
 from loramux.engine.kernels.cpu.rows import silu_mul, silu_mul_parallel
+from loramux.engine.kernels.cpu.threads import is_alone
 
 _FUNCTIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "silu": functional.silu,
@@ -38,7 +39,7 @@ class Activation:
             gate, up = x.chunk(2, dim=-1)
             return self._function(gate) * up
         out = torch.empty((rows, width), dtype=x.dtype)
-        if rows < _PARALLEL_ROWS:
+        if rows < _PARALLEL_ROWS or is_alone(rows):
             silu_mul(TAGS[x.dtype], x.data_ptr(), out.data_ptr(), width, 0, rows)
         else:
             bounds = split_evenly(rows, torch.get_num_threads())

@@ -21,6 +21,7 @@ from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, split_evenly
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
 from loramux.engine.kernels.cpu.rows import rotate_and_store, rotate_and_store_parallel
+from loramux.engine.kernels.cpu.threads import is_alone
 from loramux.engine.kernels.cpu.vector_ir import LANES
 from loramux.engine.layers.norm import RMSNorm
 
@@ -147,7 +148,8 @@ class CpuAttention:
                 *(plan.block_ids, tiles.rows),
                 *(window or 0, np.float32(s.scale), s.num_kv_heads),
             )
-            if self._threads == 1 or (t is self._decode and num_items < PARALLEL_ITEMS):
+            is_small = t is self._decode and (num_items < PARALLEL_ITEMS or is_alone(num_tokens))
+            if self._threads == 1 or is_small:
                 attend_range(*arguments, self._scratch[0], 0, num_items)
             else:
                 attend_parallel(*arguments, self._scratch, tiles.bounds)

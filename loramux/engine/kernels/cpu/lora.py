@@ -52,7 +52,7 @@ from loramux.engine.kernels.cpu.product import (
     multiply_strips,
     scratch,
 )
-from loramux.engine.kernels.cpu.threads import arrive, as_ints, ask, await_all, team, wait
+from loramux.engine.kernels.cpu.threads import arrive, as_ints, ask, await_all, is_alone, team, wait
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 PARALLEL_LANES: Final = 8  # of all groups together, from which a second thread pays for its waking
@@ -119,8 +119,8 @@ class LoraKernel:
         address = ctypes.addressof(call)
         add = partial(self._run, self._work, address, 1 if alone else self._num_threads, 0)
 
-        def multiply(code: int) -> None:
-            self._run(code, address, self._num_threads, 0)
+        def multiply(code: int, rows: int) -> None:
+            self._run(code, address, 1 if is_alone(rows) else self._num_threads, 0)
 
         return LoraRows(call, add, multiply, (table, runs, self._sums, self._totals))
 
@@ -136,7 +136,11 @@ class LoraRows:
     __slots__ = ("_add", "_call", "_keep", "_multiply")
 
     def __init__(
-        self, call: _Call, add: Callable[[], None], multiply: Callable[[int], None], keep: tuple[Any, ...]
+        self,
+        call: _Call,
+        add: Callable[[], None],
+        multiply: Callable[[int, int], None],
+        keep: tuple[Any, ...],
     ) -> None:
         self._call = call
         self._add = add
@@ -173,7 +177,7 @@ class LoraRows:
         call.out = out.data_ptr()
         call.rows = rows
         call.product = linear.address
-        self._multiply(code)
+        self._multiply(code, rows)
         return out
 
 

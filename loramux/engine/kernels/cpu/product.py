@@ -34,6 +34,7 @@ from torch import Tensor
 
 from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address, item_size, units
 from loramux.engine.kernels.cpu.product_ir import FROM_SUMS, INTO_SUMS, STEP, WIDENED, multiply_tile
+from loramux.engine.kernels.cpu.threads import is_alone
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 FEW_ROWS: Final = 16
@@ -62,7 +63,7 @@ class PackedLinear:
     """A weight in strips, and the product with it."""
 
     __slots__ = (
-        *("_bias", "_constants", "_form", "_packed", "_scale", "_scratch", "_table", "_threads"),
+        *("_alone", "_bias", "_constants", "_form", "_packed", "_scale", "_scratch", "_table", "_threads"),
         *("address", "dtype", "out_features"),
     )
 
@@ -89,6 +90,7 @@ class PackedLinear:
             *(self._bias.data_ptr(), 0 if bias is None else CACHE_LINE),
             *(self._scratch.data_ptr(), in_features // 2, self.out_features, self._threads),
         )
+        self._alone = (*self._constants[:-1], 1)
         self._table = np.array([*self._constants[:4], *self._constants[5:7]], dtype=np.int64)
         self.address = self._table.ctypes.data  # of weight, scale, bias, its stride, pairs and columns
 
@@ -97,7 +99,8 @@ class PackedLinear:
         x = x.contiguous()
         rows = x.shape[0]
         out = torch.empty((rows, self.out_features), dtype=torch.bfloat16)
-        multiply(self._form, x.data_ptr(), out.data_ptr(), rows, *self._constants)
+        constants = self._alone if is_alone(rows) else self._constants
+        multiply(self._form, x.data_ptr(), out.data_ptr(), rows, *constants)
         return out
 
     def _by_column(self, values: Tensor | None) -> Tensor:
@@ -205,6 +208,12 @@ def multiply(
         scratch: address of memory for `threads` threads
     """
     strips = -(-columns // LANES)
+    if threads == 1:  # the others are not even woken
+        multiply_strips(
+            *(form, x, out, rows, weight, scale, bias, bias_stride, scratch),
+            *(pairs, columns, 0, strips, 0, 0),
+        )
+        return
     for thread in prange(threads):
         multiply_strips(
             *(form, x, out, rows, weight, scale, bias, bias_stride, scratch + thread * SCRATCH_BYTES),

@@ -19,8 +19,11 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from loramux.engine.background import CORES
+from loramux.engine.busy import BusyFlag
 
 SPINS: Final = 4096  # looks at a number that another thread will write, between two offers to others
+_MOST_ALONE: Final = 128  # rows
+_SERVERS: Final[list[BusyFlag]] = []  # none, or the one
 _OPERATORS_WORD: Final = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
 
 
@@ -90,6 +93,20 @@ def bind() -> bool:
 
     threads.run(ctypes.cast(one, ctypes.c_void_p), None, len(cores), 0)
     return not refused
+
+
+def heed(server: BusyFlag) -> None:
+    """From now on `is_alone` asks this flag: the server's core is that of one of two bound threads."""
+    _SERVERS[:] = [server]
+
+
+def is_alone(rows: int) -> bool:
+    """True if the calling thread shall compute so many rows without the others.
+
+    The server is at work on one of two cores: who knows when the thread that it displaced comes back? More
+    rows than a few take longer than the server.
+    """
+    return rows <= _MOST_ALONE and bool(_SERVERS) and _SERVERS[0].is_up()
 
 
 @intrinsic
