@@ -44,6 +44,7 @@ from loramux.engine.kernels.cpu.lora_loops import (
 from loramux.engine.kernels.cpu.lora_prompts import LoraPrompts
 from loramux.engine.kernels.cpu.product import (
     FEW_ROWS,
+    NO_LANES,
     PANEL_ROWS,
     SCRATCH_BYTES,
     Form,
@@ -319,4 +320,4 @@ def _multiply_and_ask(strips: Any, first: int, last: int, runs: Ints) -> None:
             if end == runs[run, 1]:
                 run, asked = run + 1, 0
         left -= end - begin
-        multiply_strips(*strips, strip, min(strip + at_once, last), begin, end)
+        multiply_strips(*strips, strip, min(strip + at_once, last), begin, end, NO_LANES)

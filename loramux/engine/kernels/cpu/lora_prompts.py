@@ -1,10 +1,10 @@
 """Base products and LoRA of prompts on a CPU: both run at the speed of the product's own loop.
 
-    out[t] = round(round(x[t] · Wᵀ * scale + bias) + sum over parts of (x[t] · A_partᵀ) · B_part)
+    out[t] = round(x[t] · Wᵀ * scale + bias + sum over parts of round(x[t] · A_partᵀ) · B_part)
 
 A and B of an adapter are laid out as the strips of a product, some of k a lane, at the start of each call:
-that is little beside a group's tokens. Then all parts' dots are one product, rounded to bfloat16, and what
-they add to two strips of a panel's rows is one more, done while these lie in the cache.
+that is little beside a group's tokens. Then all parts' dots are one product, and B continues the base's:
+k goes on in the same registers, with the dots for x and the lanes for W.
 
 Like `lora.py` for few rows; the reference is `loramux.engine.kernels.lora.reference_lora`.
 """
@@ -18,25 +18,22 @@ import torch
 from numba import carray, njit, prange
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address, units
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address
 from loramux.engine.kernels.cpu.lora_loops import BEGIN, COUNT, FIRST, OFFSET, RANK, WIDTH, Ints
 from loramux.engine.kernels.cpu.lora_pack import pack_a, pack_b, padded
 from loramux.engine.kernels.cpu.product import (
-    BLOCK_ROWS,
-    LEAST_BLOCK,
+    NO_LANES,
     PANEL_ROWS,
     SCRATCH_BYTES,
     Form,
     PackedLinear,
     multiply_strips,
 )
-from loramux.engine.kernels.cpu.product_ir import FROM_OUT, multiply_tile
 from loramux.engine.kernels.cpu.threads import as_ints
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 LEAST_TOKENS: Final = 128  # of a group; with fewer, `lora.py` is faster
 
-_ONE, _TWO, _LEAST, _BLOCK = units(1), units(2), units(LEAST_BLOCK), units(BLOCK_ROWS)
 _FORMS: Final[dict[torch.dtype, Form]] = {torch.bfloat16: BFLOAT16, torch.int8: INT8}
 _ZEROS: Final = np.zeros(LANES, dtype=np.float32)
 
@@ -50,7 +47,7 @@ class LoraPrompts:
 
     def __init__(self, groups: Ints, num_parts: int, scratch: Tensor, threads: int, room: Tensor) -> None:
         """Args:
-        groups: [num_groups, 4]: first token, tokens (17 at least), first lane, lanes; in the order of tokens
+        groups: [num_groups, 4]: first token, tokens, first lane, lanes; in the order of tokens
         num_parts: the most of any site
         scratch: of so many threads, see `product.scratch`
         room: bytes to work in, resized as needed
@@ -116,7 +113,7 @@ def _multiply(
             source = x + (groups[g, BEGIN] + begin) * pairs * 4
             dots = (source, places[1] + begin * width * 2, end - begin, places[0])
             place = (0, zeros, 0, scratch + thread * SCRATCH_BYTES, pairs, width)
-            multiply_strips(BFLOAT16, *dots, *place, 0, -(-width // LANES), 0, 0)
+            multiply_strips(BFLOAT16, *dots, *place, 0, -(-width // LANES), 0, 0, NO_LANES)
     for thread in prange(threads):
         first, last = twos * thread // threads * 2, min(twos * (thread + 1) // threads * 2, columns // LANES)
         own = (linear[0], linear[1], linear[2], linear[3], scratch + thread * SCRATCH_BYTES, pairs, columns)
@@ -125,12 +122,11 @@ def _multiply(
             begin = groups[g, BEGIN] if g < len(groups) else rows
             if begin > row:
                 start = (x + row * pairs * 4, out + row * columns * 2, begin - row)
-                multiply_strips(form, *start, *own, first, last, 0, 0)
+                multiply_strips(form, *start, *own, first, last, 0, 0, NO_LANES)
             if g < len(groups):
                 places = _places(groups, g, num_parts, pairs, columns, room)
                 _multiply_group(
-                    *(form, x, out, *own, lanes[2], ranks, groups[g], places[1], places[2], zeros),
-                    *(first, last),
+                    *(form, x, out, *own, lanes[2], ranks, groups[g], places[1], places[2], first, last)
                 )
                 row = begin + groups[g, COUNT]
 
@@ -152,59 +148,27 @@ def _multiply_group(
     group: Ints,
     dots: Address,
     lanes: Address,
-    zeros: Address,
     first: int,
     last: int,
 ) -> None:
     """A group's rows of the strips [first, last)."""
     own = (weight, scale, bias, bias_stride, scratch, pairs, columns)
     width = _width(ranks, group)
+    stride = padded(group[RANK], group[RANK]) * LANES * 2  # from one strip of B to the next
     panels = -(-group[COUNT] // PANEL_ROWS)
     for panel in range(panels):
         begin = group[COUNT] * panel // panels
         height = group[COUNT] * (panel + 1) // panels - begin
         row = group[BEGIN] + begin
         source, target = x + row * pairs * 4, out + row * columns * 2
-        column = 0
+        h = dots + begin * width * 2
         for part in range(len(parts)):
             rank = padded(ranks[part, group[FIRST]], group[RANK])
             left = max(first, parts[part, OFFSET] // LANES)
             right = min(last, (parts[part, OFFSET] + parts[part, WIDTH]) // LANES)
-            h = dots + (begin * width + column) * 2
-            for strip in range(left, right, 2):
-                end = min(strip + 2, right)
-                multiply_strips(form, source, target, height, *own, strip, end, 0, 0)
-                if rank > 0:
-                    stride = padded(group[RANK], group[RANK]) * LANES * 2
-                    here, goal = lanes + strip * stride, target + strip * LANES * 2
-                    _add(h, width, here, stride, rank, goal, columns, height, end - strip, zeros)
-            column += rank
-
-
-@njit(cache=True, error_model="numpy")
-def _add(
-    dots: Address,
-    width: int,
-    lanes: Address,
-    stride: int,
-    rank: int,
-    out: Address,
-    columns: int,
-    height: int,
-    strips: int,
-    zeros: Address,
-) -> None:
-    """What the lanes of one part add to one strip or two of a panel."""
-    blocks = -(-height // BLOCK_ROWS)
-    for block in range(blocks):
-        row = height * block // blocks
-        rows = height * (block + 1) // blocks - row
-        tile = (rows, dots + row * width * 2, width * 2, lanes, stride, rank // 2, lanes, lanes, lanes)
-        goal = (0, 0, FROM_OUT, zeros, zeros, 0, out + row * columns * 2, columns * 2, strips * LANES)
-        if strips == 2:
-            multiply_tile(BFLOAT16, _LEAST, _BLOCK, _TWO, *tile, *goal)
-        else:
-            multiply_tile(BFLOAT16, _LEAST, _BLOCK, _ONE, *tile, *goal)
+            strips = (form, source, target, height, *own, left, right, 0, 0)
+            multiply_strips(*strips, (h, width * 2, lanes, stride, rank // 2))
+            h += rank * 2
 
 
 @njit(cache=True, error_model="numpy")

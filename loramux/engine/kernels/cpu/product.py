@@ -42,7 +42,7 @@ FEW_BYTE_ROWS: Final = 12  # the same for int8, which one strip at a time would 
 BLOCK_ROWS: Final = 8
 PANEL_ROWS: Final = 128
 CHUNK_PAIRS: Final = 2048
-LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
+_LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
 _AHEAD: Final = 8192  # bytes that a stream is asked for before it is read
 _NO_LIMIT: Final = 1 << 62  # to addresses that are asked for
 _NEAR: Final = 1024  # the same where it lies in the cache
@@ -54,9 +54,11 @@ _QUAD: Final = 4  # columns
 
 Pairs = npt.NDArray[np.int32 | np.int16]
 Form = np.uint16 | np.int8  # BFLOAT16 | INT8
+More = tuple[Address, int, Address, int, int]  # dots of all rows and lanes of all strips, see `multiply_tile`
+NO_LANES: Final[More] = (0, 0, 0, 0, 0)
 
 _ONE, _TWO = units(1), units(2)
-_LEAST, _BLOCK, _FEW = units(LEAST_BLOCK), units(BLOCK_ROWS), units(FEW_ROWS)
+_LEAST, _BLOCK, _FEW = units(_LEAST_BLOCK), units(BLOCK_ROWS), units(FEW_ROWS)
 
 
 class PackedLinear:
@@ -211,13 +213,14 @@ def multiply(
     if threads == 1:  # the others are not even woken
         multiply_strips(
             *(form, x, out, rows, weight, scale, bias, bias_stride, scratch),
-            *(pairs, columns, 0, strips, 0, 0),
+            *(pairs, columns, 0, strips, 0, 0, NO_LANES),
         )
         return
     for thread in prange(threads):
         multiply_strips(
             *(form, x, out, rows, weight, scale, bias, bias_stride, scratch + thread * SCRATCH_BYTES),
             *(pairs, columns, strips * thread // threads, strips * (thread + 1) // threads, 0, 0),
+            NO_LANES,
         )
 
 
@@ -238,8 +241,10 @@ def multiply_strips(
     last: int,
     spare: Address,
     spare_end: Address,
+    more: More,
 ) -> None:
     """The strips [first, last) of `multiply`; meanwhile ask for [spare, spare_end), which is read next."""
+    dots, dots_stride, lanes, lanes_stride, rank = more
     is_few = num_rows <= (FEW_ROWS if item_size(form) == 2 else FEW_BYTE_ROWS)
     panels = 1 if is_few else -(-num_rows // PANEL_ROWS)
     chunks = 1 if is_few else -(-pairs // CHUNK_PAIRS)
@@ -266,7 +271,9 @@ def multiply_strips(
                     source = x + ((begin + row) * pairs + pair) * 4
                     target = out + ((begin + row) * columns + strip * LANES) * 2
                     place = (scratch, scratch + _WIDE_BYTES + row * 2 * LANES * 4, stage, scales, biases)
-                    goal = (bias_stride, target, columns * 2, columns - strip * LANES)
+                    h, b = dots + (begin + row) * dots_stride, lanes + strip * lanes_stride
+                    then = (h, dots_stride, b, lanes_stride, rank)
+                    goal = (bias_stride, target, columns * 2, columns - strip * LANES, then)
                     if is_few or strip + 1 == last:
                         asked = (here + _AHEAD, here + _AHEAD + (lines - 1) * CACHE_LINE, _NO_LIMIT)
                         tile = (rows, source, pairs * 4, here, 0, count)

@@ -25,7 +25,6 @@ STEP: Final = 2  # pairs that one turn of the inner loop takes; `pairs` is a mul
 FROM_SUMS: Final = 1  # the tile goes on from `sums`
 INTO_SUMS: Final = 2  # the tile leaves its result in `sums`, unrounded and without the bias
 WIDENED: Final = 4  # the tile reads `wide` instead of a weight of bytes
-FROM_OUT: Final = 8  # the tile adds to what `out` holds, all of whose columns exist
 
 _I16: Final = ir.IntType(16)
 _I32: Final = ir.IntType(32)
@@ -64,30 +63,30 @@ def multiply_tile(
     out: Any,
     out_stride: Any,
     columns: Any,
+    more: Any,
 ) -> tuple[Any, Any]:
-    """out[r, c] = round(scale[c] * sum over k of x[r, k] * weight[k, c] + bias[c]).
+    """out[r, c] = round(scale[c] * sum over k of x[r, k] * weight[k, c] + dots[r] · lanes[c] + bias[c]).
 
     Sums are float32, in the order of k whatever the tile's size. Addresses and strides are bytes.
 
     Args:
         form: of the weight, as a type: BFLOAT16 (then there is no scale) or INT8
         least, most, strips: bounds of num_rows, and strips of the tile, as `units`
-        num_rows: rows of the tile
+        num_rows, pairs: rows of the tile; pairs of k
         x, x_stride: the first row's first pair; from one row to the next
         weight, weight_stride: the first strip's first pair; from one strip to the next
-        pairs: how many pairs of k
         ahead, other: where two streams begin that are asked for meanwhile; the second ends at `other_last`
         wide: address of the strips in bfloat16: several strips leave bytes there, or find them, see `stage`
         sums: address of [most, strips * 16] float32, used as `stage` says
-        stage: any of FROM_SUMS, INTO_SUMS, WIDENED, FROM_OUT
+        stage: any of FROM_SUMS, INTO_SUMS, WIDENED
         scale: the first strip's sixteen float32, followed by the next one's
         bias, bias_stride: the first strip's sixteen float32; from one strip to the next
-        out, out_stride: the first row's first column; from one row to the next
-        columns: how many may be written, from the first strip's first one on
+        out, out_stride, columns: the first row's first column; to the next row; how many may be written
+        more: like (x, x_stride, weight, weight_stride, pairs) the dots and lanes, unless INTO_SUMS
     """
 
     def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
-        rows, *rest = args[4:]
+        rows, *rest = list(args[4:-1]) + cgutils.unpack_tuple(builder, args[-1])
         end = builder.append_basic_block("tiled")
         switch = builder.switch(rows, end)
         for count in range(least.count, most.count + 1):
@@ -99,7 +98,7 @@ def multiply_tile(
         builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(form, least, most, strips, *[types.int64] * 18), codegen
+    return types.void(form, least, most, strips, *[types.int64] * 18, types.UniTuple(types.int64, 5)), codegen
 
 
 class _Tile:
@@ -128,6 +127,11 @@ class _Tile:
         out: Value,
         out_stride: Value,
         columns: Value,
+        dots: Value,
+        dots_stride: Value,
+        lanes: Value,
+        lanes_stride: Value,
+        rank: Value,
     ) -> None:
         self.b, self.v = builder, Vectors(builder)
         self.is_bytes = form == types.int8
@@ -143,6 +147,8 @@ class _Tile:
         self.ahead, self.other, self.other_last = ahead, other, other_last
         self.ahead_stride = self.v.i64(lines * CACHE_LINE)  # for STEP pairs
         self.pairs, self.sums, self.stage, self.columns = pairs, sums, stage, columns
+        self.dots, self.dots_stride, self.rank = dots, dots_stride, rank
+        self.lanes, self.lanes_stride = lanes, lanes_stride
 
     def emit(self) -> None:
         """The whole tile, from where its weight lies."""
@@ -163,7 +169,23 @@ class _Tile:
         Args:
             vectors: emits STEP pairs of all strips, [STEP][strips]
         """
-        first = self._begin()
+        found = self._loop(self._begin(), self.x, self.pairs, vectors, self._ask)
+        with self.b.if_else(self._has(INTO_SUMS)) as (then, otherwise):
+            with then:
+                for i, total in enumerate(found):
+                    self.v.store(self.sums, self.v.i64(i * LANES), total, types.float32)
+            with otherwise:
+                self._end(found)
+
+    def _loop(
+        self,
+        first: list[Value],
+        x: list[Value],
+        pairs: Value,
+        vectors: Callable[[Value], list[list[Value]]],
+        also: Callable[[Value], None] | None = None,
+    ) -> list[Value]:
+        """The totals after so many pairs of k, STEP a turn; emits `also` in each."""
         before = self.b.block
         loop = self.b.append_basic_block("pairs")
         after = self.b.append_basic_block("multiplied")
@@ -172,20 +194,17 @@ class _Tile:
         pair = self.b.phi(_I64)
         totals = [self.b.phi(_SUMS) for _ in self.cells]
         following = self.b.add(pair, self.v.i64(STEP))
-        found = self._step(pair, list(totals), vectors(pair))
+        found = self._step(pair, list(totals), x, vectors(pair))
+        if also is not None:
+            also(pair)
         for phi, start, again in zip(
             (pair, *totals), (self.v.i64(0), *first), (following, *found), strict=True
         ):
             phi.add_incoming(start, before)
             phi.add_incoming(again, loop)
-        self.b.cbranch(self.b.icmp_signed("<", following, self.pairs), loop, after)
+        self.b.cbranch(self.b.icmp_signed("<", following, pairs), loop, after)
         self.b.position_at_end(after)
-        with self.b.if_else(self._has(INTO_SUMS)) as (then, otherwise):
-            with then:
-                for i, total in enumerate(found):
-                    self.v.store(self.sums, self.v.i64(i * LANES), total, types.float32)
-            with otherwise:
-                self._end(found)
+        return found
 
     def _begin(self) -> list[Value]:
         """What each cell starts with: zero, or what an earlier tile left."""
@@ -193,24 +212,26 @@ class _Tile:
         with self.b.if_then(self._has(FROM_SUMS)):
             for i, slot in enumerate(slots):
                 self.b.store(self.v.load(self.sums, self.v.i64(i * LANES), types.float32), slot)
-        with self.b.if_then(self._has(FROM_OUT)):
-            for (row, strip), slot in zip(self.cells, slots, strict=True):
-                self.b.store(self.v.load(self.out[row], self.v.i64(strip * LANES), types.uint16), slot)
         return [self.b.load(slot) for slot in slots]
 
-    def _step(self, pair: Value, totals: list[Value], vectors: list[list[Value]]) -> list[Value]:
+    def _step(
+        self, pair: Value, totals: list[Value], x: list[Value], vectors: list[list[Value]]
+    ) -> list[Value]:
         """STEP pairs: each row's pair once into every lane."""
         for offset in range(STEP):
             index = self.b.add(pair, self.v.i64(offset))
-            values = [self._splat(self._load(start, index, _I32, 4)) for start in self.x]
+            values = [self._splat(self._load(start, index, _I32, 4)) for start in x]
             for i, (row, strip) in enumerate(self.cells):
                 totals[i] = self.v.dot(totals[i], values[row], vectors[offset][strip], types.uint16)
+        return totals
+
+    def _ask(self, pair: Value) -> None:
+        """For the two streams, as much as belongs to STEP pairs."""
         later = self.b.mul(self.b.sdiv(pair, self.v.i64(STEP)), self.ahead_stride)
         self.v.prefetch(self.b.add(self.ahead, later), 0)
         other = self.b.add(self.other, later)
         is_inside = self.b.icmp_signed("<", other, self.other_last)
         self.v.prefetch(self.b.select(is_inside, other, self.other_last), 0)
-        return totals
 
     def _words(self, starts: list[Value], pair: Value) -> list[list[Value]]:
         """Pairs of bfloat16, as they lie."""
@@ -261,12 +282,26 @@ class _Tile:
                 self.b.fmul(total, scales[strip])
                 for (_, strip), total in zip(self.cells, totals, strict=True)
             ]
+        totals = self._with_lanes(totals)
         for (row, strip), total in zip(self.cells, totals, strict=True):
             rounded = self.v.narrow(self.b.fadd(total, biases[strip]))
             target = self.b.inttoptr(
                 self.b.add(self.out[row], self.v.i64(strip * LANES * 2)), _HALVES.as_pointer()
             )
             self.b.call(write, [rounded, target, ir.Constant(_I32, 2), exists[strip]])
+
+    def _with_lanes(self, totals: list[Value]) -> list[Value]:
+        """k goes on with the dots and the lanes."""
+        slots = [self.v.accumulator() for _ in totals]
+        for total, slot in zip(totals, slots, strict=True):
+            self.b.store(total, slot)
+        with self.b.if_then(self.b.icmp_signed(">", self.rank, self.v.i64(0))):
+            dots = [self._at(self.dots, self.dots_stride, row) for row in range(len(self.x))]
+            lanes = [self._at(self.lanes, self.lanes_stride, strip) for strip in range(len(self.weight))]
+            found = self._loop(totals, dots, self.rank, lambda pair: self._words(lanes, pair))
+            for total, slot in zip(found, slots, strict=True):
+                self.b.store(total, slot)
+        return [self.b.load(slot) for slot in slots]
 
     def _load(self, start: Value, index: Value, kind: Any, size: int) -> Value:
         return self.b.load(self._address(start, index, kind, size), align=size)
