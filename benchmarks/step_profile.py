@@ -47,6 +47,7 @@ PROMPT: Final = 128
 PREFILL: Final = 1024
 STEPS: Final = 24  # of one round, decoding
 HEAD: Final = "head"
+LORA: Final = "LoRA"  # of decoded tokens, part of the sites' phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def timer_of(engine: Engine) -> PhaseTimer:
     timer.time(decoder.Decoder, "_embed", "embed")
     timer.time(rotary.Rotary, "angles", "angles")
     timer.time(linear.LoraLinear, "__call__", lambda args: sites[id(args[0])])
-    timer.time(linear, "apply_lora", "LoRA")
+    timer.time(linear, "apply_lora", LORA)
     timer.time(norm.RMSNorm, "__call__", "norm")
     timer.time(norm.RMSNorm, "after_add", "norm")
     timer.time(norm.LayerNorm, "__call__", "norm")
@@ -192,6 +193,12 @@ def floors(engine: Engine, case: Case, floor: MachineFloor) -> dict[str, float]:
     kv_bytes = case.sequences * context * 2 * c.num_kv_heads * c.head_dim * size
     flops = 4 * pairs * c.num_heads * c.head_dim
     found["attention"] = c.num_layers * floor.seconds(kv_bytes, flops)
+    if case.adapters:
+        ranks = [RANKS[case.adapters[i % len(case.adapters)]] for i in range(case.sequences)]
+        read = sum(RANKS[i] for i in case.adapters[: case.sequences])  # each adapter once
+        numbers = sum(len(site.parts) * site.in_features + site.out_features for site in c.sites)
+        flops = 2 * sum(ranks) * max(case.prompt, 1) * numbers
+        found[LORA] = c.num_layers * floor.seconds(read * numbers * size, flops)
     return found
 
 
@@ -209,6 +216,9 @@ def report(case: Case, plain: float, phases: dict[str, float], least: dict[str, 
             rows[name] |= {"floor_ms": bound * 1e3, "of_floor": bound / seconds}
             text = f"{bound * 1e3:9.3f} {bound / seconds:6.0%}"
         print(f"  {name:16} {seconds * 1e3:9.3f} ms {seconds / total:6.1%} {text}")
+    for name in least.keys() - rows.keys():
+        rows[name] = {"floor_ms": least[name] * 1e3}
+        print(f"  {name:16} {'':9}    {'':6}  {least[name] * 1e3:9.3f}")
     return {
         "case": case.name,
         "step_ms": plain * 1e3,
@@ -241,6 +251,7 @@ def start(model: Path, root: Path, options: dict[str, Any]) -> tuple[Engine, lis
         spec = inspect_adapter(folder, engine.info.lora_sites, max_lora_rank=max(RANKS))
         engine.load_adapter(spec)
         digests.append(spec.digest)
+    engine.runner.bind_threads()  # as in a process of its own
     return engine, digests
 
 
