@@ -9,7 +9,7 @@ import msgspec
 from loramux.engine.errors import InvalidConfig
 
 SCHEDULING_POLICIES = ("fcfs", "priority")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")  # half and float: vLLM's names, too
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 QUANTIZATIONS = (None, "fp8", "int8")
 KERNELS = ("auto", "torch", "triton")

@@ -50,7 +50,13 @@ LONG_WARM_UP_S = 2.0  # one that takes longer is told
 PAGED_STEPS = 2  # steps' worth of KV blocks that have memory before they are needed
 PAGED_AT_ONCE = 8  # blocks that get it between two looks for work
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "float": torch.float32,
+}
 
 
 class ModelRunner:

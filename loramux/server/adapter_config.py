@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,10 @@ def parse_lora_modules(items: Sequence[str], base_names: Sequence[str]) -> tuple
 
 def _plain_module(item: str) -> AdapterSource:
     name, equals, path = item.partition("=")
+    if re.search(r",[^,/=]+=", path):
+        message = f"--lora-modules takes one adapter a word, with spaces between them, got {item!r}; "
+        message += "a path with a comma needs the JSON form"
+        raise InvalidConfig(message, param="--lora-modules")
     if not equals or not name or not path:
         message = f"--lora-modules takes name=path or a JSON object, got {item!r}"
         raise InvalidConfig(message, param="--lora-modules")

@@ -127,6 +127,8 @@ class HttpError:
     headers: Mapping[str, str] | None = None
 
 
+TWOFOLD: Final = "loramux.twofold_errors"  # in the scope of a request that wants such, see `respond`
+
 _RETRY: Final = {"retry-after": "1"}
 _RETRY_LOADING: Final = {"retry-after": "5"}
 _CLOSE: Final = {"connection": "close"}
@@ -183,8 +185,13 @@ def lookup(error: LoramuxError) -> HttpError:
     return next(ERRORS[cls] for cls in type(error).__mro__ if cls in ERRORS)
 
 
+def code_of(error: Exception) -> str:
+    """What a client is told as `code`."""
+    return (lookup(error) if isinstance(error, LoramuxError) else _UNEXPECTED).code
+
+
 def envelope(message: str, entry: HttpError, param: str | None = None) -> bytes:
-    """The JSON text of an error, as bodies and stream events carry it."""
+    """The JSON text of an error, as bodies and stream events carry it; the request counts as failed."""
     note_error(entry.code)
     return msgspec.json.encode(
         {"error": {"message": message, "type": entry.type, "param": param, "code": entry.code}}
@@ -197,14 +204,24 @@ def describe(error: Exception, request_id: str | None = None) -> tuple[HttpError
     if isinstance(error, LoramuxError) and entry.status != 500:
         # Clients that see only the text (langchain over openai 3) know a full context by the code in it.
         suffix = f" ({entry.code})" if isinstance(error, engine_errors.ContextTooLong) else ""
+        if entry.status == 503:  # AIBrix tries a load again if it finds these words
+            suffix = " (service unavailable)"
         return entry, envelope(error.message + suffix, entry, error.param)
     reference = f" (request {request_id})" if request_id else ""
     return _UNEXPECTED, envelope(f"The server had an internal error{reference}.", _UNEXPECTED)
 
 
-def respond(error: Exception, request_id: str | None = None) -> Response:
-    """The whole HTTP answer for an error."""
+def respond(error: Exception, request_id: str | None = None, *, is_twofold: bool = False) -> Response:
+    """The whole HTTP answer for an error.
+
+    Args:
+        is_twofold: its fields stand at the top level, too, where older vLLM had them and the
+            production-stack operator looks for them.
+    """
     entry, body = describe(error, request_id)
+    if is_twofold:
+        fields = msgspec.json.decode(body)
+        body = msgspec.json.encode({**fields, **fields["error"]})
     headers = {**(entry.headers or {}), **_when_to_retry(error)}
     return Response(body, entry.status, headers=headers, media_type="application/json")
 
@@ -222,7 +239,7 @@ async def handle_loramux_error(request: Request, error: Exception) -> Response:
     request_id = request.scope.get("loramux.request_id")
     if isinstance(error, LoramuxError) and lookup(error).status == 500:  # the client is not told why
         logger.error("internal error", exc_info=error, extra={"request_id": request_id})
-    return respond(error, request_id)
+    return respond(error, request_id, is_twofold=TWOFOLD in request.scope)
 
 
 async def handle_http_exception(request: Request, error: Exception) -> Response:
@@ -253,7 +270,7 @@ async def handle_validation_error(request: Request, error: Exception) -> Respons
     """The framework's refusal of a body or a query, in words that name field, value and rule."""
     assert isinstance(error, RequestValidationError)
     message, param = explain_validation(error.errors())
-    return respond(engine_errors.InvalidRequest(message, param=param))
+    return respond(engine_errors.InvalidRequest(message, param=param), is_twofold=TWOFOLD in request.scope)
 
 
 def explain_validation(problems: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:

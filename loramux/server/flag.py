@@ -50,6 +50,7 @@ class Flag:
     type: Callable[[str], Any] = str
     is_switch: bool = False
     is_list: bool = False  # one or several values; may be repeated
+    is_object: bool = False  # a JSON object, whose members may also be given as `--name.member value`
     aliases: tuple[str, ...] = ()
     short: str = ""  # its form with one dash
 

@@ -31,7 +31,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("revision", "branch, tag or commit of a Hub model"),
         Flag("download-dir", "where Hub models are stored"),
         Flag("hf-token", "token for gated Hub models"),
-        Flag("dtype", "auto, bfloat16, float16 or float32"),
+        Flag("dtype", "auto, bfloat16, float16 (half) or float32 (float)"),
         Flag("device", "auto, cpu or cuda"),
         Flag(
             "load-format",
@@ -50,7 +50,9 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "generation-config", "auto = sampling defaults from generation_config.json; vllm = neutral ones"
         ),
-        Flag("override-generation-config", "JSON object that wins over generation_config.json"),
+        Flag(
+            "override-generation-config", "JSON object that wins over generation_config.json", is_object=True
+        ),
     ),
     "LoRA": (
         switch("enable-lora", "serve LoRA adapters"),
@@ -60,7 +62,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("num-lanes", "size of the lane pool in ranks, instead of --max-loras", parse_count),
         Flag("max-cpu-loras", "adapters in host memory; at least --max-loras", parse_count),
         Flag("host-lora-bytes", "bytes of adapters in host memory", parse_count),
-        Flag("lora-dtype", "auto (the model's), bfloat16, float16 or float32"),
+        Flag("lora-dtype", "auto (the model's), bfloat16, float16 (half) or float32 (float)"),
     ),
     "adapters that come and go": (
         switch("lora-modules-strict", "an adapter of --lora-modules that fails stops the start (default)"),
@@ -124,7 +126,11 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("stream-interval", "tokens a chunk of a stream, after the first", parse_count),
         switch("enable-tokenizer-info-endpoint", "GET /tokenizer_info shows the tokenizer's configuration"),
         Flag("chat-template-content-format", "how templates see content: auto, string or openai"),
-        Flag("default-chat-template-kwargs", "JSON object: chat_template_kwargs of requests without them"),
+        Flag(
+            "default-chat-template-kwargs",
+            "JSON object: chat_template_kwargs of requests without them",
+            is_object=True,
+        ),
         Flag(
             "allowed-chat-template-kwargs",
             "names that requests may set; all others are refused",

@@ -11,7 +11,9 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from functools import cache
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
+
+import msgspec
 
 from loramux.engine.errors import InvalidConfig
 from loramux.server.flag import Flag
@@ -82,7 +84,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         InvalidConfig: an unknown flag or a value of the wrong kind.
     """
-    namespace, unknown = build_parser().parse_known_args([_canonical(word) for word in argv])
+    words = _join_members([_canonical(word) for word in argv])
+    namespace, unknown = build_parser().parse_known_args(words)
     for word in unknown:
         _refuse(word)
     return namespace, _warnings(namespace)
@@ -98,14 +101,54 @@ def _canonical(word: str) -> str:
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
+    name, dot, member = name.partition(".")
     name = name.replace("_", "-")
-    dotted = name.partition(".")[0]
-    if dotted != name and dotted in INERT_OPTIONS:  # --speculative-config.method ngram
-        name = dotted
+    if dot and name not in INERT_OPTIONS:  # of those, --speculative-config.method ngram is as good as any
+        return f"--{name}.{member}{equals}{value}"
     opposite = f"enable-{name.removeprefix('disable-')}"
     if name.startswith("disable-") and name not in _KNOWN and opposite in _KNOWN:
         name = f"no-{opposite}"
     return f"--{name}{equals}{value}"
+
+
+def _join_members(words: Sequence[str]) -> list[str]:
+    """Each `--object.member value` or `--object.a.b=value` as a part of one `--object={...}`.
+
+    Raises:
+        InvalidConfig: a member without a value, or an object that is given in both ways.
+    """
+    objects = {f"--{flag.name}" for flag in all_flags().values() if flag.is_object}
+    members: dict[str, dict[str, Any]] = {}
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        name, *path = name.split(".")
+        if not path or name not in objects:
+            rest.append(word)
+            continue
+        text = value if equals else next(left, None)
+        if text is None or not all(path):
+            raise InvalidConfig(f"{word} needs a member and a value", param=name)
+        _put(members.setdefault(name, {}), path, text)
+    for name, object_ in members.items():
+        if any(word.partition("=")[0] == name for word in rest):
+            raise InvalidConfig(f"{name} is given whole and by members; use one of the two", param=name)
+        rest.append(f"{name}={msgspec.json.encode(object_).decode()}")
+    return rest
+
+
+def _put(value: dict[str, Any], path: list[str], text: str) -> None:
+    """JSON where the text is JSON, else the text itself."""
+    for name in path[:-1]:
+        inner = value.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise InvalidConfig(f"{'.'.join(path)} is in something that is no object, at {name!r}")
+        value = inner
+    try:
+        value[path[-1]] = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        value[path[-1]] = text
 
 
 _KNOWN: Final = (

@@ -150,8 +150,8 @@ def requested_grammar(
         InvalidRequest: a field has a wrong shape, asks for more than the limits allow, or for what
             cannot be done; `param` names it.
     """
-    by_format = _of_response_format(response_format, limits) if response_format else None
-    if not structured_outputs:
+    by_format = _of_response_format(response_format, limits) if response_format is not None else None
+    if structured_outputs is None:
         return by_format
     if by_format is not None:
         raise _refusal("response_format and structured_outputs cannot both constrain the answer")

@@ -98,6 +98,7 @@ def test_a_hub_that_is_down_is_a_503_that_may_be_tried_again(http: httpx.Client,
 
     assert (down.status_code, down.json()["error"]["code"]) == (503, "adapter_unavailable")
     assert down.headers["retry-after"]
+    assert "service unavailable" in down.json()["error"]["message"], "AIBrix tries again only then"
     assert asked.status_code == 503, "known, but not here yet"
     assert up.status_code == 200
 

@@ -150,6 +150,25 @@ def test_prompt_can_be_cut_to_its_last_tokens(http: httpx.Client) -> None:
     assert complete(http, prompt="x" * 600 + "end", truncate_prompt_tokens=3)["choices"][0]["text"] == "end"
 
 
+@pytest.mark.parametrize("form", ["TEXT", "json", "BIN"])
+def test_load_balancers_are_told_the_load_if_they_ask(http: httpx.Client, form: str) -> None:
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    told = http.post("/v1/completions", json=body, headers={"endpoint-load-metrics-format": form})
+    plain = http.post("/v1/completions", json=body)
+
+    report = told.headers.get("endpoint-load-metrics", "")
+    assert (told.status_code, "endpoint-load-metrics" in plain.headers) == (200, False)
+    if form == "BIN":
+        assert report == ""
+    elif form == "TEXT":
+        names = dict(part.split("=") for part in report.removeprefix("TEXT ").split(", "))
+        assert names.keys() == {"named_metrics.kv_cache_usage_perc", "named_metrics.num_requests_waiting"}
+        assert all(float(value) >= 0 for value in names.values())
+    else:
+        values = json.loads(report.removeprefix("JSON "))["named_metrics"]
+        assert values.keys() == {"kv_cache_usage_perc", "num_requests_waiting"}
+
+
 def test_stream_pieces_join_to_the_whole_text(http: httpx.Client) -> None:
     chunks = stream(http, prompt="grün 🌿 ok")
 

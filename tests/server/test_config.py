@@ -357,6 +357,46 @@ def test_paths_of_the_command_line_may_be_relative(tmp_path: Path, monkeypatch: 
     assert uri("s3://bucket/a") == "s3://bucket/a"
 
 
+def test_a_list_with_commas_is_no_list_of_adapters() -> None:
+    with pytest.raises(InvalidConfig, match="one adapter a word") as caught:
+        read_config(["m", "--enable-lora", "--lora-modules", "a=/x,b=/y"], {})
+
+    assert caught.value.param == "--lora-modules"
+
+
+@pytest.mark.parametrize("name", ["half", "float16", "float", "float32"])
+def test_types_have_vllms_names_too(name: str) -> None:
+    assert read("m", "--dtype", name).engine.dtype == name
+
+
+def test_objects_may_be_given_member_by_member() -> None:
+    config = read(
+        *("m", "--override_generation_config.temperature", "0.2", "--override-generation-config.top_k=5"),
+        *("--default-chat-template-kwargs.enable_thinking", "false"),
+        *("--default-chat-template-kwargs.style.of_dates=short",),
+    )
+
+    assert config.server.override_generation_config == {"temperature": 0.2, "top_k": 5}
+    assert config.server.api.template_kwargs == {"enable_thinking": False, "style": {"of_dates": "short"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["--override-generation-config.top_k"], "needs a member and a value"),
+        (["--override-generation-config.=1"], "needs a member and a value"),
+        (["--override-generation-config.a=1", "--override-generation-config={}"], "use one of the two"),
+        (["--override-generation-config.a=1", "--override-generation-config.a.b=1"], "no object, at 'a'"),
+        (["--max-model-len.a=1"], "unknown flag --max-model-len.a"),
+    ],
+)
+def test_wrong_members_are_refused(words: list[str], fragment: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        read_config(["m", *words], {})
+
+    assert fragment in caught.value.message
+
+
 def test_no_flag_both_works_and_has_no_effect() -> None:
     ours = {name for flag in all_flags().values() for name in (flag.name, *flag.aliases)}
 

@@ -27,6 +27,8 @@ def test_every_error_has_a_status_and_a_code(cls: type[LoramuxError]) -> None:
         return
     # Clients that show only the text know a full context by the code in it.
     suffix = " (context_length_exceeded)" if issubclass(cls, ContextTooLong) else ""
+    if entry.status == 503:  # and AIBrix knows by these words what to try again
+        suffix = " (service unavailable)"
     assert error == {
         "message": f"what happened{suffix}",
         "type": entry.type,

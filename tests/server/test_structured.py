@@ -67,10 +67,9 @@ def format_of(schema: object, **more: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}
 
 
-@pytest.mark.parametrize("nothing", [None, {}, {"type": "text"}])
+@pytest.mark.parametrize("nothing", [None, {"type": "text"}])
 def test_plain_text_needs_no_grammar(nothing: dict[str, Any] | None) -> None:
     assert asked(nothing, None) is None
-    assert asked(nothing, {}) is None
 
 
 def test_json_object_is_any_object() -> None:
@@ -184,6 +183,7 @@ def test_wrong_formats_are_refused(field: dict[str, Any], fragment: str) -> None
         ({"choice": ["\ud800"]}, "surrogate"),
         ({"grammar": "a" * 3000}, "--max-schema-bytes"),
         ({"json_object": "yes"}, "true or false"),
+        ({}, "exactly one"),
     ],
 )
 def test_wrong_structured_outputs_are_refused(field: dict[str, Any], fragment: str) -> None:
@@ -192,6 +192,13 @@ def test_wrong_structured_outputs_are_refused(field: dict[str, Any], fragment: s
 
     assert fragment in caught.value.message
     assert caught.value.param == "structured_outputs"
+
+
+def test_an_empty_response_format_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="type must be text") as caught:
+        asked({})
+
+    assert caught.value.param == "response_format"
 
 
 def test_two_constraints_are_refused() -> None:

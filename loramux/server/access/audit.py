@@ -26,7 +26,7 @@ import msgspec
 
 from loramux.engine.errors import InvalidConfig, LoramuxError
 from loramux.server.adapter_orders import AdapterChange
-from loramux.server.errors import describe
+from loramux.server.errors import code_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class AuditLog:
                 "version_after": change.version_after,
                 "bytes": change.nbytes,
                 "pinned": change.pinned,
-                "code": describe(error)[0].code if error is not None else None,
+                "code": code_of(error) if error is not None else None,
                 "duration_s": round(change.duration_s, 6),
             }
         )
@@ -128,7 +128,7 @@ class AuditLog:
                 "method": method,
                 "path": _shown(path),
                 "name": _shown(name) if name is not None else None,
-                "code": describe(error)[0].code,
+                "code": code_of(error),
             }
         )
 

@@ -75,6 +75,12 @@ class EngineMetrics:
         used = now.kv_blocks_used / now.kv_blocks_total if now.kv_blocks_total else 0.0
         yield make.gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 1 = all.", used)
         yield _cache_config(make, config, info)
+        yield make.gauges(
+            "vllm:engine_sleep_state",
+            "1 at the state of the engine, which never sleeps.",
+            ["sleep_state"],
+            [(("awake",), 1.0), (("weights_offloaded",), 0.0), (("discard_all",), 0.0)],
+        )
         yield make.counter("vllm:num_preemptions", "Sequences that made room.", self.num_preemptions)
         yield make.counter(
             "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", self.prefix_queries

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 
-from loramux.server.errors import RuntimeUpdatesDisabled
+from loramux.server.errors import TWOFOLD, RuntimeUpdatesDisabled
 from loramux.server.routes.body import JsonRoute
 from loramux.server.services import get_services
 
@@ -23,6 +23,7 @@ class AdapterRoute(JsonRoute):
         inner = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            request.scope[TWOFOLD] = True
             if request.method not in ("GET", "HEAD"):
                 _require_consent(request)
             return await inner(request)

@@ -24,6 +24,7 @@ from loramux.server.adapter_upload import CONFIG_HEADER, SHOWN_SOURCE
 from loramux.server.adapter_view import view_rows
 from loramux.server.errors import ClientGone
 from loramux.server.routes.adapter_route import AdapterRoute, is_upload
+from loramux.server.routes.answering import in_words_of
 from loramux.server.schemas.adapters import (
     AdapterList,
     AdapterView,
@@ -106,8 +107,9 @@ async def delete_adapter(
 ) -> Response:
     """Forget a name at once, and say what was freed; 202 while requests still run on it."""
     caller = caller_of(request.scope)
-    require_change(caller, name)
-    unloaded = await services.manager.unload(name, drain_timeout_s=drain_timeout_s)
+    with in_words_of({"lora_name": "name"}):
+        require_change(caller, name)
+        unloaded = await services.manager.unload(name, drain_timeout_s=drain_timeout_s)
     result = DeleteResult(
         name=name,
         state="gone" if unloaded.is_gone else "draining",

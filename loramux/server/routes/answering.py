@@ -10,13 +10,14 @@ from typing import Protocol
 
 from fastapi import Request, Response
 
-from loramux.engine.errors import InvalidRequest
+from loramux.engine.errors import LoramuxError
 from loramux.server.access.caller import caller_of
 from loramux.server.adapters import answer_headers
 from loramux.server.choice import Delta
 from loramux.server.delta_stream import spaced
 from loramux.server.disconnect import until_disconnect
 from loramux.server.generation import Call
+from loramux.server.load_report import REQUEST_HEADER, load_report
 from loramux.server.prompts import Prompt
 from loramux.server.routes.priority import priority_of
 from loramux.server.sampling_params import SamplingParams
@@ -85,6 +86,8 @@ async def answer_call(
         return EventStream(answer.events(deltas), headers=headers, keep_alive_s=keep_alive_s)
     await until_disconnect(_take_in(answer, deltas), request.receive)
     text = await asyncio.to_thread(answer.whole) if call.is_large else answer.whole()
+    if (form := request.headers.get(REQUEST_HEADER)) is not None:
+        headers |= load_report(form, await services.engine.stats())
     return Response(text, headers=headers, media_type="application/json")
 
 
@@ -103,7 +106,7 @@ def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
     """
     try:
         yield
-    except InvalidRequest as error:
+    except LoramuxError as error:
         for ours, theirs in names.items():
             name = re.compile(rf"(?<![-\w]){re.escape(ours)}(?!\w)")  # not inside `--max-logprobs`
             if error.param is not None and name.search(error.param):

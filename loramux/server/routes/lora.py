@@ -14,6 +14,7 @@ from loramux.server.access.scopes import needs
 from loramux.server.adapter_orders import IfLoaded, LoadOrder, Outcome
 from loramux.server.errors import AdapterNameRefused
 from loramux.server.routes.adapter_route import AdapterRoute
+from loramux.server.routes.answering import in_words_of
 from loramux.server.schemas.adapters import (
     DynamoList,
     DynamoLoad,
@@ -70,8 +71,9 @@ async def dynamo_list(request: Request, services: ServicesDep) -> Response:
 async def dynamo_load(body: DynamoLoad, request: Request, services: ServicesDep) -> Response:
     """Dynamo's load: what it wants is the desired state, so it replaces what is there."""
     order = LoadOrder(name=body.lora_name, source=body.source.uri, if_loaded=IfLoaded.REPLACE)
-    require_change(caller_of(request.scope), order.name, source=order.source)
-    loaded = await services.manager.load(order)
+    with in_words_of({"lora_path": "source.uri"}):
+        require_change(caller_of(request.scope), order.name, source=order.source)
+        loaded = await services.manager.load(order)
     is_swap = loaded.outcome is Outcome.REPLACED
     done = {Outcome.ADDED: "loaded", Outcome.REPLACED: "replaced", Outcome.UNCHANGED: "already loaded"}
     return _json(
@@ -110,8 +112,9 @@ async def sagemaker_load(body: SageMakerLoad, request: Request, services: Servic
         if_loaded=IfLoaded.REPLACE if body.load_inplace else IfLoaded.REFUSE,
         pinned=body.pin,
     )
-    require_change(caller_of(request.scope), order.name, source=order.source)
-    await services.manager.load(order)
+    with in_words_of({"lora_path": "src", "lora_name": "name"}):
+        require_change(caller_of(request.scope), order.name, source=order.source)
+        await services.manager.load(order)
     return _text(f"Adapter {body.name} registered")
 
 
@@ -119,8 +122,9 @@ async def sagemaker_load(body: SageMakerLoad, request: Request, services: Servic
 @needs("adapters:write")
 async def sagemaker_unload(name: str, request: Request, services: ServicesDep) -> Response:
     """SageMaker's unload."""
-    require_change(caller_of(request.scope), name)
-    await services.manager.unload(name)
+    with in_words_of({"lora_name": "name"}):
+        require_change(caller_of(request.scope), name)
+        await services.manager.unload(name)
     return _text(f"Adapter {name} unregistered")
 
 
