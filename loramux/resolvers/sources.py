@@ -204,11 +204,11 @@ class _Fetch:
                 raise
             flight.report("verifying", listing.nbytes)
             lease = self._store.publish(partial, files)
-        record = SourceRecord(
-            listing.source.uri, listing.source.revision, lease.digest, listing.fingerprint or ""
-        )
-        if listing.fingerprint is not None:
-            self._store.remember(source_key(listing.source.uri), record)
+            record = SourceRecord(
+                listing.source.uri, listing.source.revision, lease.digest, listing.fingerprint or ""
+            )
+            if listing.fingerprint is not None:  # before the next process looks, which waits for `partial`
+                self._store.remember(source_key(listing.source.uri), record)
         return record, lease
 
     def _fetched(self, record: SourceRecord, lease: StoreLease) -> FetchedAdapter:
