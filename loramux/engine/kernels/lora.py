@@ -35,7 +35,7 @@ from torch import Tensor
 
 from loramux.engine.kernels.cpu.dtypes import Ints
 from loramux.engine.kernels.cpu.lora import LoraKernel, LoraRows, site_table
-from loramux.engine.kernels.cpu.lora_prompts import LEAST_TOKENS, LoraPrompts
+from loramux.engine.kernels.cpu.lora_prompts import LEAST_PROMPT, LEAST_TOKENS, LoraPrompts
 
 ROW_MULTIPLE = 128  # of [weight; lanes], so that the tiles of a product are whole
 MASKED_MAX_TOKENS = 64  # above it a token range is computed segment by segment
@@ -142,8 +142,10 @@ def plan_lora(
     if not segments:
         return None
     if kernel is not None and kernel.takes_prompts:
-        rows = [s for s in segments if s.end - s.begin < LEAST_TOKENS]
-        prompts = [s for s in segments if s.end - s.begin >= LEAST_TOKENS]
+        decode_end = num_decode_tokens
+        least = {s: LEAST_TOKENS if s.end <= decode_end else LEAST_PROMPT for s in segments}
+        rows = [s for s in segments if s.end - s.begin < least[s]]
+        prompts = [s for s in segments if s.end - s.begin >= least[s]]
         return LoraInput(
             *(None, prompts, gains, kernel.plan(_groups(rows)) if rows else None),
             kernel.plan_prompts(_groups(prompts)) if prompts else None,

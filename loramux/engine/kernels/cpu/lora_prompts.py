@@ -33,6 +33,7 @@ from loramux.engine.kernels.cpu.threads import as_ints
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 LEAST_TOKENS: Final = 128  # of a group; with fewer, `lora.py` is faster
+LEAST_PROMPT: Final = 17  # the same of a prompt, whose rounding once is worth a millisecond of its step
 
 _FORMS: Final[dict[torch.dtype, Form]] = {torch.bfloat16: BFLOAT16, torch.int8: INT8}
 _ZEROS: Final = np.zeros(LANES, dtype=np.float32)
