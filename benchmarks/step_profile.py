@@ -34,6 +34,7 @@ from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
 from loramux.engine.kernels import attention
 from loramux.engine.kernels.cpu import backend
+from loramux.engine.kernels.cpu.threads import bind
 from loramux.engine.layers import activation, linear, norm, rotary
 from loramux.engine.model_input import InputBuilder
 from loramux.engine.models import decoder
@@ -251,7 +252,7 @@ def start(model: Path, root: Path, options: dict[str, Any]) -> tuple[Engine, lis
         spec = inspect_adapter(folder, engine.info.lora_sites, max_lora_rank=max(RANKS))
         engine.load_adapter(spec)
         digests.append(spec.digest)
-    engine.runner.bind_threads()  # as in a process of its own
+    bind()  # as in a process of its own
     return engine, digests
 
 

@@ -18,7 +18,7 @@ from loramux.engine.busy import BusyFlag
 from loramux.engine.client import EngineClient
 from loramux.engine.config import EngineConfig
 from loramux.engine.kernels.cpu import product, threads
-from loramux.engine.kernels.cpu.lora import LoraKernel, product_code
+from loramux.engine.kernels.cpu.lora import LoraKernel
 from loramux.engine.kernels.lora import SiteLanes
 from loramux.engine.types import Request, TokenSampling
 
@@ -142,7 +142,7 @@ def test_products_are_the_same_at_any_time(restless: BusyFlag, num_rows: int) ->
     seen = set()
 
     def results() -> tuple[torch.Tensor, torch.Tensor]:
-        return linear(x), plan.multiply(product_code(torch.bfloat16), linear, x, pool.address)
+        return linear(x), plan.multiply(linear, x, pool.address)
 
     first = results()
     for _ in range(300):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loramux.engine.kernels.cpu.lora import product_code
 from loramux.engine.kernels.cpu.product import PackedLinear, supports
 from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
 from loramux.engine.layers.fp8_linear import Fp8Linear, QuantizeRows, check_fp8, quantize_rows
@@ -74,7 +73,7 @@ class LoraLinear:
     output, the adapters' part included, and what is returned is the sum.
     """
 
-    __slots__ = ("_code", "_packed", "lanes", "linear", "peers")
+    __slots__ = ("_packed", "lanes", "linear", "peers")
 
     def __init__(self, linear: BaseLinear, lanes: SiteLanes | None, peers: Peers | None = None) -> None:
         self.linear = linear
@@ -82,7 +81,6 @@ class LoraLinear:
         self._packed = None
         if lanes is not None and isinstance(linear, Linear | Int8Linear) and linear.packed is not None:
             self._packed = linear.packed  # its code multiplies and adds the lanes' part in one
-            self._code = product_code(linear.packed.dtype)
         self.peers = peers  # ranks that hold the other input features; None = all are here
 
     def __call__(self, x: Tensor, lora: LoraInput | None) -> Tensor:
@@ -94,7 +92,7 @@ class LoraLinear:
             if lora.rows is not None:
                 lora.rows.add(out, x, self.lanes.address)
         elif self._packed is not None and lora.rows is not None and not lora.gains:
-            out = lora.rows.multiply(self._code, self._packed, x, self.lanes.address)
+            out = lora.rows.multiply(self._packed, x, self.lanes.address)
         else:
             out = self.linear(x)
             apply_lora(out, x, self.lanes, lora)

@@ -28,7 +28,7 @@ import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, FLOAT32, INT8, Dtype
+from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, FLOAT32, Dtype
 from loramux.engine.kernels.cpu.lora_ir import LINE
 from loramux.engine.kernels.cpu.lora_loops import (
     BLOCK,
@@ -42,16 +42,13 @@ from loramux.engine.kernels.cpu.lora_loops import (
     shrink,
 )
 from loramux.engine.kernels.cpu.lora_prompts import LoraPrompts
-from loramux.engine.kernels.cpu.product import (
+from loramux.engine.kernels.cpu.product import PackedLinear, has_pairs, scratch
+from loramux.engine.kernels.cpu.product_strips import (
     FEW_ROWS,
     NO_LANES,
     PANEL_ROWS,
     SCRATCH_BYTES,
-    Form,
-    PackedLinear,
-    has_pairs,
     multiply_strips,
-    scratch,
 )
 from loramux.engine.kernels.cpu.threads import arrive, as_ints, ask, await_all, is_alone, team, wait
 from loramux.engine.kernels.cpu.vector_ir import LANES
@@ -120,8 +117,8 @@ class LoraKernel:
         address = ctypes.addressof(call)
         add = partial(self._run, self._work, address, 1 if alone else self._num_threads, 0)
 
-        def multiply(code: int, rows: int) -> None:
-            self._run(code, address, 1 if is_alone(rows) else self._num_threads, 0)
+        def multiply(rows: int) -> None:
+            self._run(_multiply_code(), address, 1 if is_alone(rows) else self._num_threads, 0)
 
         return LoraRows(call, add, multiply, (table, runs, self._sums, self._totals))
 
@@ -140,7 +137,7 @@ class LoraRows:
         self,
         call: _Call,
         add: Callable[[], None],
-        multiply: Callable[[int, int], None],
+        multiply: Callable[[int], None],
         keep: tuple[Any, ...],
     ) -> None:
         self._call = call
@@ -162,11 +159,10 @@ class LoraRows:
         call.out = out.data_ptr()
         self._add()
 
-    def multiply(self, code: int, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
+    def multiply(self, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
         """The base output with the module's equation added: what `linear(x)` and then `add` yield.
 
         Args:
-            code: `product_code` of the linear layer
             x: [num_tokens, in_features], contiguous
             site: address of its `site_table`
         """
@@ -178,7 +174,7 @@ class LoraRows:
         call.out = out.data_ptr()
         call.rows = rows
         call.product = linear.address
-        self._multiply(code, rows)
+        self._multiply(rows)
         return out
 
 
@@ -211,10 +207,9 @@ def _compiled(dtype: torch.dtype) -> int:
 
 
 @cache
-def product_code(weight: torch.dtype) -> int:
-    """Address of the code that multiplies by a base weight in this form, too."""
-    function = {torch.bfloat16: _multiply_bfloat16, torch.int8: _multiply_int8}[weight]
-    address: int = _load(function).address
+def _multiply_code() -> int:
+    """Address of the code that multiplies by a base weight, too."""
+    address: int = _load(_multiply_bfloat16).address
     return address
 
 
@@ -232,11 +227,7 @@ def _add_float32(call: Any) -> None:
 
 
 def _multiply_bfloat16(call: Any) -> None:
-    _multiply(BFLOAT16, BFLOAT16, carray(call, 1)[0])
-
-
-def _multiply_int8(call: Any) -> None:
-    _multiply(BFLOAT16, INT8, carray(call, 1)[0])
+    _multiply(BFLOAT16, carray(call, 1)[0])
 
 
 @njit(cache=True, error_model="numpy")
@@ -262,8 +253,8 @@ def _add(dtype: Dtype, call: Any) -> None:
 
 
 @njit(cache=True, error_model="numpy")
-def _multiply(dtype: Dtype, form: Form, call: Any) -> None:
-    """One thread's part of a site and of its base product, whose weight has this form."""
+def _multiply(dtype: Dtype, call: Any) -> None:
+    """One thread's part of a site and of its base product."""
     thread, num_threads = 0, 1
     if call.num_threads:
         thread, num_threads = ask(call.thread_num), ask(call.num_threads)
@@ -272,14 +263,14 @@ def _multiply(dtype: Dtype, form: Form, call: Any) -> None:
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
     parts = carray(as_ints(call.site + _HEAD * 8), (num_parts, 4))
     groups = carray(as_ints(call.groups), (call.num_groups, 5))
-    linear = carray(as_ints(call.product), 6)
-    weight, scale, bias, bias_stride = linear[0], linear[1], linear[2], linear[3]
-    pairs, columns = linear[4], linear[5]
+    linear = carray(as_ints(call.product), 7)
+    code, weight, scale, bias, bias_stride = linear[0], linear[1], linear[2], linear[3], linear[4]
+    pairs, columns = linear[5], linear[6]
     twos = -(-columns // (2 * LANES))
     first, last = twos * thread // num_threads * 2, twos * (thread + 1) // num_threads * 2
     last = min(last, -(-columns // LANES))
     place = call.scratch + thread * SCRATCH_BYTES
-    strips = (form, call.x, call.out, call.rows, weight, scale, bias, bias_stride, place, pairs, columns)
+    strips = (code, call.x, call.out, call.rows, weight, scale, bias, bias_stride, place, pairs, columns)
     lanes = (a, in_features, stride, parts, ranks, groups)
     asks = FEW_ROWS < call.rows <= PANEL_ROWS
     middle = min(first + (last - first + 3) // 4 * 2, last) if asks else first
@@ -320,4 +311,4 @@ def _multiply_and_ask(strips: Any, first: int, last: int, runs: Ints) -> None:
             if end == runs[run, 1]:
                 run, asked = run + 1, 0
         left -= end - begin
-        multiply_strips(*strips, strip, min(strip + at_once, last), begin, end, NO_LANES)
+        multiply_strips(*strips, strip, min(strip + at_once, last), begin, end, *NO_LANES)

@@ -18,24 +18,23 @@ import torch
 from numba import carray, njit, prange
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address
+from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE, Address
 from loramux.engine.kernels.cpu.lora_loops import BEGIN, COUNT, FIRST, OFFSET, RANK, WIDTH, Ints
 from loramux.engine.kernels.cpu.lora_pack import pack_a, pack_b, padded
-from loramux.engine.kernels.cpu.product import (
+from loramux.engine.kernels.cpu.product import PackedLinear
+from loramux.engine.kernels.cpu.product_strips import (
     NO_LANES,
     PANEL_ROWS,
     SCRATCH_BYTES,
-    Form,
-    PackedLinear,
     multiply_strips,
+    strips_code,
 )
 from loramux.engine.kernels.cpu.threads import as_ints
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 LEAST_TOKENS: Final = 128  # of a group; with fewer, `lora.py` is faster
-LEAST_PROMPT: Final = 17  # the same of a prompt, whose rounding once is worth a millisecond of its step
+LEAST_PROMPT: Final = 17  # the same of a prompt: slower below some 100 tokens, but rounded once
 
-_FORMS: Final[dict[torch.dtype, Form]] = {torch.bfloat16: BFLOAT16, torch.int8: INT8}
 _ZEROS: Final = np.zeros(LANES, dtype=np.float32)
 
 Room = tuple[Address, Address, Address]  # of a group: A in strips, the dots, B in strips
@@ -73,13 +72,13 @@ class LoraPrompts:
             self._room.resize_(size)
         places = (self._scratch.data_ptr(), self._room.data_ptr(), _ZEROS.ctypes.data)
         addresses = (x.data_ptr(), out.data_ptr(), rows, linear.address, site)
-        _multiply(_FORMS[linear.dtype], *addresses, self._groups, *places, self._threads)
+        _multiply(strips_code(torch.bfloat16), *addresses, self._groups, *places, self._threads)
         return out
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _multiply(
-    form: Form,
+    code: int,
     x: Address,
     out: Address,
     rows: int,
@@ -92,8 +91,8 @@ def _multiply(
     threads: int,
 ) -> None:
     """The module's equation; rows of no group get the base product."""
-    linear = carray(as_ints(product), 6)
-    pairs, columns = linear[4], linear[5]
+    linear = carray(as_ints(product), 7)
+    pairs, columns = linear[5], linear[6]
     head = carray(as_ints(site), 6)
     num_parts = head[5]
     lanes = (head[0], head[2], carray(as_ints(site + 48), (num_parts, 4)))
@@ -114,27 +113,28 @@ def _multiply(
             source = x + (groups[g, BEGIN] + begin) * pairs * 4
             dots = (source, places[1] + begin * width * 2, end - begin, places[0])
             place = (0, zeros, 0, scratch + thread * SCRATCH_BYTES, pairs, width)
-            multiply_strips(BFLOAT16, *dots, *place, 0, -(-width // LANES), 0, 0, NO_LANES)
+            multiply_strips(code, *dots, *place, 0, -(-width // LANES), 0, 0, *NO_LANES)
     for thread in prange(threads):
         first, last = twos * thread // threads * 2, min(twos * (thread + 1) // threads * 2, columns // LANES)
-        own = (linear[0], linear[1], linear[2], linear[3], scratch + thread * SCRATCH_BYTES, pairs, columns)
+        place = scratch + thread * SCRATCH_BYTES
+        own = (linear[1], linear[2], linear[3], linear[4], place, pairs, columns)
         row = 0
         for g in range(len(groups) + 1):
             begin = groups[g, BEGIN] if g < len(groups) else rows
             if begin > row:
                 start = (x + row * pairs * 4, out + row * columns * 2, begin - row)
-                multiply_strips(form, *start, *own, first, last, 0, 0, NO_LANES)
+                multiply_strips(linear[0], *start, *own, first, last, 0, 0, *NO_LANES)
             if g < len(groups):
                 places = _places(groups, g, num_parts, pairs, columns, room)
                 _multiply_group(
-                    *(form, x, out, *own, lanes[2], ranks, groups[g], places[1], places[2], first, last)
+                    *(linear[0], x, out, *own, lanes[2], ranks, groups[g], places[1], places[2], first, last)
                 )
                 row = begin + groups[g, COUNT]
 
 
 @njit(cache=True, error_model="numpy")
 def _multiply_group(
-    form: Form,
+    code: int,
     x: Address,
     out: Address,
     weight: Address,
@@ -167,8 +167,8 @@ def _multiply_group(
             rank = padded(ranks[part, group[FIRST]], group[RANK])
             left = max(first, parts[part, OFFSET] // LANES)
             right = min(last, (parts[part, OFFSET] + parts[part, WIDTH]) // LANES)
-            strips = (form, source, target, height, *own, left, right, 0, 0)
-            multiply_strips(*strips, (h, width * 2, lanes, stride, rank // 2))
+            strips = (code, source, target, height, *own, left, right, 0, 0)
+            multiply_strips(*strips, h, width * 2, lanes, stride, rank // 2)
             h += rank * 2
 
 

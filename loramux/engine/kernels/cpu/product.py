@@ -32,40 +32,28 @@ from numba import njit, prange
 from numba.core.codegen import get_host_cpu_features
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, INT8, Address, item_size, units
-from loramux.engine.kernels.cpu.product_ir import FROM_SUMS, INTO_SUMS, STEP, WIDENED, multiply_tile
+from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE, Address
+from loramux.engine.kernels.cpu.product_ir import STEP
+from loramux.engine.kernels.cpu.product_strips import (
+    NO_LANES,
+    SCRATCH_BYTES,
+    multiply_strips,
+    strips_code,
+)
 from loramux.engine.kernels.cpu.threads import is_alone
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
-FEW_ROWS: Final = 16
-FEW_BYTE_ROWS: Final = 12  # the same for int8, which one strip at a time would widen for all rows anew
-BLOCK_ROWS: Final = 8
-PANEL_ROWS: Final = 128
-CHUNK_PAIRS: Final = 2048
-_LEAST_BLOCK: Final = 5  # rows of the smallest block of more than FEW_ROWS
-_AHEAD: Final = 8192  # bytes that a stream is asked for before it is read
-_NO_LIMIT: Final = 1 << 62  # to addresses that are asked for
-_NEAR: Final = 1024  # the same where it lies in the cache
 _ALONE_BYTES: Final = 1 << 17  # a smaller weight is not worth a second thread
-_SUMS_BYTES: Final = PANEL_ROWS * 2 * LANES * 4  # that a thread keeps between chunks
-_WIDE_BYTES: Final = CHUNK_PAIRS * 2 * CACHE_LINE  # two strips of a chunk in bfloat16
-SCRATCH_BYTES: Final = _SUMS_BYTES + _WIDE_BYTES  # of a thread
 _QUAD: Final = 4  # columns
 
 Pairs = npt.NDArray[np.int32 | np.int16]
-Form = np.uint16 | np.int8  # BFLOAT16 | INT8
-More = tuple[Address, int, Address, int, int]  # dots of all rows and lanes of all strips, see `multiply_tile`
-NO_LANES: Final[More] = (0, 0, 0, 0, 0)
-
-_ONE, _TWO = units(1), units(2)
-_LEAST, _BLOCK, _FEW = units(_LEAST_BLOCK), units(BLOCK_ROWS), units(FEW_ROWS)
 
 
 class PackedLinear:
     """A weight in strips, and the product with it."""
 
     __slots__ = (
-        *("_alone", "_bias", "_constants", "_form", "_packed", "_scale", "_scratch", "_table", "_threads"),
+        *("_alone", "_bias", "_constants", "_packed", "_scale", "_scratch", "_table", "_threads"),
         *("address", "dtype", "out_features"),
     )
 
@@ -79,7 +67,6 @@ class PackedLinear:
         assert (scale is None) == (weight.dtype == torch.bfloat16)
         self.out_features, in_features = weight.shape
         self.dtype = weight.dtype
-        self._form: Form = BFLOAT16 if scale is None else INT8
         self._threads = max(torch.get_num_threads(), 1)
         self._packed = _pack(weight, self._threads)
         if self._packed.nbytes < _ALONE_BYTES:
@@ -88,13 +75,14 @@ class PackedLinear:
         self._scale = self._by_column(scale)
         self._scratch = scratch(self._threads)
         self._constants = (
+            strips_code(weight.dtype),
             *(self._packed.data_ptr(), self._scale.data_ptr()),
             *(self._bias.data_ptr(), 0 if bias is None else CACHE_LINE),
             *(self._scratch.data_ptr(), in_features // 2, self.out_features, self._threads),
         )
         self._alone = (*self._constants[:-1], 1)
-        self._table = np.array([*self._constants[:4], *self._constants[5:7]], dtype=np.int64)
-        self.address = self._table.ctypes.data  # of weight, scale, bias, its stride, pairs and columns
+        self._table = np.array([*self._constants[:5], *self._constants[6:8]], dtype=np.int64)
+        self.address = self._table.ctypes.data  # of code, weight, scale, bias, its stride, pairs and columns
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_rows, in_features] bfloat16 → [num_rows, out_features]."""
@@ -102,7 +90,7 @@ class PackedLinear:
         rows = x.shape[0]
         out = torch.empty((rows, self.out_features), dtype=torch.bfloat16)
         constants = self._alone if is_alone(rows) else self._constants
-        multiply(self._form, x.data_ptr(), out.data_ptr(), rows, *constants)
+        multiply(x.data_ptr(), out.data_ptr(), rows, *constants)
         return out
 
     def _by_column(self, values: Tensor | None) -> Tensor:
@@ -186,10 +174,10 @@ def _interleave(rows: Pairs, packed: Pairs, threads: int) -> None:
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def multiply(
-    form: Form,
     x: Address,
     out: Address,
     rows: int,
+    code: int,
     weight: Address,
     scale: Address,
     bias: Address,
@@ -202,7 +190,7 @@ def multiply(
     """The module's equation.
 
     Args:
-        form: of the weight
+        code: `strips_code` of the weight
         x: address of [rows, 2 * pairs] bfloat16; out: address of [rows, columns]
         weight: address of the strips
         scale: address of a float32 for each column, if the form has one
@@ -212,106 +200,13 @@ def multiply(
     strips = -(-columns // LANES)
     if threads == 1:  # the others are not even woken
         multiply_strips(
-            *(form, x, out, rows, weight, scale, bias, bias_stride, scratch),
-            *(pairs, columns, 0, strips, 0, 0, NO_LANES),
+            *(code, x, out, rows, weight, scale, bias, bias_stride, scratch),
+            *(pairs, columns, 0, strips, 0, 0, *NO_LANES),
         )
         return
     for thread in prange(threads):
         multiply_strips(
-            *(form, x, out, rows, weight, scale, bias, bias_stride, scratch + thread * SCRATCH_BYTES),
+            *(code, x, out, rows, weight, scale, bias, bias_stride, scratch + thread * SCRATCH_BYTES),
             *(pairs, columns, strips * thread // threads, strips * (thread + 1) // threads, 0, 0),
-            NO_LANES,
+            *NO_LANES,
         )
-
-
-@njit(cache=True, error_model="numpy")
-def multiply_strips(
-    form: Form,
-    x: Address,
-    out: Address,
-    num_rows: int,
-    weight: Address,
-    scale: Address,
-    bias: Address,
-    bias_stride: int,
-    scratch: Address,
-    pairs: int,
-    columns: int,
-    first: int,
-    last: int,
-    spare: Address,
-    spare_end: Address,
-    more: More,
-) -> None:
-    """The strips [first, last) of `multiply`; meanwhile ask for [spare, spare_end), which is read next."""
-    dots, dots_stride, lanes, lanes_stride, rank = more
-    is_few = num_rows <= (FEW_ROWS if item_size(form) == 2 else FEW_BYTE_ROWS)
-    panels = 1 if is_few else -(-num_rows // PANEL_ROWS)
-    chunks = 1 if is_few else -(-pairs // CHUNK_PAIRS)
-    size = -(-pairs // (chunks * STEP)) * STEP  # pairs of a chunk
-    at_once = 1 if is_few else 2  # strips
-    pair_bytes = 2 * LANES * item_size(form)  # of a strip
-    lines = pair_bytes * STEP // CACHE_LINE  # of a strip, for STEP pairs
-    for panel in range(panels):
-        begin = num_rows * panel // panels
-        height = num_rows * (panel + 1) // panels - begin
-        blocks = 1 if is_few else -(-height // BLOCK_ROWS)
-        for strip in range(first, last, at_once):
-            scales, biases = scale + strip * CACHE_LINE, bias + strip * bias_stride
-            for pair in range(0, pairs, size):
-                here = weight + (strip * pairs + pair) * pair_bytes
-                ends, count = pair + size >= pairs, min(size, pairs - pair)
-                following = here + (at_once * pairs - pair if ends else size) * pair_bytes
-                for block in range(blocks):
-                    row = height * block // blocks
-                    rows = height * (block + 1) // blocks - row
-                    stage = (
-                        (FROM_SUMS if pair else 0) | (0 if ends else INTO_SUMS) | (WIDENED if block else 0)
-                    )
-                    source = x + ((begin + row) * pairs + pair) * 4
-                    target = out + ((begin + row) * columns + strip * LANES) * 2
-                    place = (scratch, scratch + _WIDE_BYTES + row * 2 * LANES * 4, stage, scales, biases)
-                    h, b = dots + (begin + row) * dots_stride, lanes + strip * lanes_stride
-                    then = (h, dots_stride, b, lanes_stride, rank)
-                    goal = (bias_stride, target, columns * 2, columns - strip * LANES, then)
-                    if is_few or strip + 1 == last:
-                        asked = (here + _AHEAD, here + _AHEAD + (lines - 1) * CACHE_LINE, _NO_LIMIT)
-                        tile = (rows, source, pairs * 4, here, 0, count)
-                        multiply_tile(form, _ONE, _FEW, _ONE, *tile, *asked, *place, *goal)
-                    else:
-                        share, next_strip = count // STEP * CACHE_LINE, pairs * pair_bytes
-                        whole = (block, blocks, lines, share, here, following, next_strip)
-                        asked = _asked(*whole, spare, spare_end)
-                        spare += share if asked[1] == spare else 0
-                        tile = (rows, source, pairs * 4, here, next_strip, count)
-                        multiply_tile(form, _LEAST, _BLOCK, _TWO, *tile, *asked, *place, *goal)
-
-
-@njit(cache=True, error_model="numpy")
-def _asked(
-    block: int,
-    blocks: int,
-    lines: int,
-    share: int,
-    here: Address,
-    following: Address,
-    strip_bytes: int,
-    spare: Address,
-    spare_end: Address,
-) -> tuple[Address, Address, Address]:
-    """The two streams that a block asks for, and the second one's end, as for `multiply_tile`.
-
-    Args:
-        lines: how many blocks share one of the two strips that are next
-        share: bytes of a stream
-        here, following: addresses of the present and of the next strips
-        strip_bytes: from one of these to the other
-    """
-    ahead, other, other_last = here + _NEAR, here + _NEAR, _NO_LIMIT
-    if block < 2 * lines:
-        ahead = following + block // lines * strip_bytes + block % lines * share
-    if block == 0 and blocks < 2 * lines:  # there is a block too few
-        other = following + strip_bytes + share
-    elif spare < spare_end:
-        other, other_last = spare, spare_end - CACHE_LINE
-    return ahead, other, other_last

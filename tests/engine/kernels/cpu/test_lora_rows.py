@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loramux.engine.kernels.cpu import product
-from loramux.engine.kernels.cpu.lora import LoraKernel, LoraRows, product_code
+from loramux.engine.kernels.cpu.lora import LoraKernel, LoraRows
 from loramux.engine.kernels.lora import Segment, SiteLanes, reference_lora
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -136,7 +136,7 @@ def test_a_product_in_the_same_call_yields_the_same_bits(
     for num_threads in (1, 2, 3):
         plan = rows(pool, torch.bfloat16, segments, num_threads)
         for _ in range(3):  # threads meet again and again
-            assert torch.equal(plan.multiply(product_code(form), linear, x, pool.address), wanted)
+            assert torch.equal(plan.multiply(linear, x, pool.address), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

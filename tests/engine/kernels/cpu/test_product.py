@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from loramux.engine.kernels.cpu import product
-from loramux.engine.kernels.cpu.product import (
-    CHUNK_PAIRS,
-    FEW_ROWS,
-    PANEL_ROWS,
-    PackedLinear,
-    renew_scratch,
-    scratch,
-    supports,
-)
+from loramux.engine.kernels.cpu.product import PackedLinear, renew_scratch, scratch, supports
+from loramux.engine.kernels.cpu.product_strips import CHUNK_PAIRS, FEW_ROWS, PANEL_ROWS
 
 pytestmark = pytest.mark.skipif(not product.is_available(), reason="needs AVX512-BF16 without AMX")
 
