@@ -23,6 +23,7 @@ _EVENTS: Final = "text/event-stream"
 BEYOND_SCHEMAS: Final = {
     "source": "an address is a path, a URI or a Hub id",
     "lora_path": "the same",
+    "src": "the same",
     "lora_name": "no control characters, no `..`, not the base model's name",
     "name": "the same",
     "digest": "the digest of what is at the source",

@@ -111,7 +111,8 @@ def test_a_request_waits_only_so_long_for_the_next_engine(own_model: Path) -> No
 
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "engine_unavailable"
-            assert response.json()["error"]["message"] == "the engine is restarting"
+            message = "the engine is restarting (service unavailable)"
+            assert response.json()["error"]["message"] == message
             assert response.headers["retry-after"]
         assert server.stop(signal.SIGTERM) == 0
 
