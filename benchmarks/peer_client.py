@@ -29,7 +29,7 @@ class PromptMaker:
         self._tokenizer: Any = Tokenizer.from_file(str(model / "tokenizer.json"))
         vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=False)
         self._ids = sorted(
-            i for word, i in vocab.items() if word[0] == "Ġ" and word[1:].isalpha() and word.isprintable()
+            i for word, i in vocab.items() if word[0] == "Ġ" and word[1:].isascii() and word[1:].isalpha()
         )
 
     def ids(self, rng: random.Random, length: int) -> list[int]:
