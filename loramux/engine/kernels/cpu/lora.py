@@ -33,6 +33,7 @@ from loramux.engine.kernels.cpu.lora_ir import LINE
 from loramux.engine.kernels.cpu.lora_loops import (
     BLOCK,
     COUNT,
+    HEAD,
     OFFSET,
     RANK,
     WIDTH,
@@ -54,8 +55,6 @@ from loramux.engine.kernels.cpu.threads import arrive, as_ints, ask, await_all, 
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 PARALLEL_LANES: Final = 8  # of all groups together, from which a second thread pays for its waking
-
-_HEAD: Final = 6  # numbers of a site's table before its parts
 
 
 class _Call(ctypes.Structure):
@@ -236,10 +235,10 @@ def _add(dtype: Dtype, call: Any) -> None:
     thread, num_threads = 0, 1
     if call.num_threads:
         thread, num_threads = ask(call.thread_num), ask(call.num_threads)
-    head = carray(as_ints(call.site), _HEAD)
+    head = carray(as_ints(call.site), HEAD)
     a, in_features, stride, num_lanes, num_parts = head[0], head[1], head[2], head[4], head[5]
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
-    parts = carray(as_ints(call.site + _HEAD * 8), (num_parts, 4))
+    parts = carray(as_ints(call.site + HEAD * 8), (num_parts, 4))
     groups = carray(as_ints(call.groups), (call.num_groups, 5))
     shrink(dtype, call.x, a, in_features, stride, parts, ranks, groups, call.sums, thread, num_threads)
     if num_threads > 1:
@@ -258,10 +257,10 @@ def _multiply(dtype: Dtype, call: Any) -> None:
     thread, num_threads = 0, 1
     if call.num_threads:
         thread, num_threads = ask(call.thread_num), ask(call.num_threads)
-    head = carray(as_ints(call.site), _HEAD)
+    head = carray(as_ints(call.site), HEAD)
     a, in_features, stride, num_lanes, num_parts = head[0], head[1], head[2], head[4], head[5]
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
-    parts = carray(as_ints(call.site + _HEAD * 8), (num_parts, 4))
+    parts = carray(as_ints(call.site + HEAD * 8), (num_parts, 4))
     groups = carray(as_ints(call.groups), (call.num_groups, 5))
     linear = carray(as_ints(call.product), 7)
     code, weight, scale, bias, bias_stride = linear[0], linear[1], linear[2], linear[3], linear[4]

@@ -28,6 +28,7 @@ _OCTET: Final = units(OCTET)
 
 BEGIN, COUNT, FIRST, RANK, SUMS = range(5)  # columns of `groups`; the last: tokens * lanes before
 B, OFFSET, WIDTH, STRIDE = range(4)  # columns of `parts`
+HEAD: Final = 6  # numbers of a site's table before its parts
 
 
 @njit(cache=True, error_model="numpy")

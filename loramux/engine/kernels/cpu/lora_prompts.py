@@ -19,7 +19,7 @@ from numba import carray, njit, prange
 from torch import Tensor
 
 from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE, Address
-from loramux.engine.kernels.cpu.lora_loops import BEGIN, COUNT, FIRST, OFFSET, RANK, WIDTH, Ints
+from loramux.engine.kernels.cpu.lora_loops import BEGIN, COUNT, FIRST, HEAD, OFFSET, RANK, WIDTH, Ints
 from loramux.engine.kernels.cpu.lora_pack import pack_a, pack_b, padded
 from loramux.engine.kernels.cpu.product import PackedLinear
 from loramux.engine.kernels.cpu.product_strips import (
@@ -93,9 +93,9 @@ def _multiply(
     """The module's equation; rows of no group get the base product."""
     linear = carray(as_ints(product), 7)
     pairs, columns = linear[5], linear[6]
-    head = carray(as_ints(site), 6)
+    head = carray(as_ints(site), HEAD)
     num_parts = head[5]
-    lanes = (head[0], head[2], carray(as_ints(site + 48), (num_parts, 4)))
+    lanes = (head[0], head[2], carray(as_ints(site + HEAD * 8), (num_parts, 4)))
     ranks = carray(as_ints(head[3]), (num_parts, head[4]))
     twos = -(-columns // (2 * LANES))
     for thread in prange(threads):
