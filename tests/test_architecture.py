@@ -122,6 +122,22 @@ def test_the_server_side_never_imports_torch_or_transformers(module: str) -> Non
     assert done.stdout.split() == []
 
 
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("loramux.server.app", {"s3fs", "aiohttp", "botocore", "fsspec", "httpx", "huggingface_hub"}),
+        ("loramux.server.config", {"fastapi", "pydantic", "tokenizers", "uvicorn"}),
+    ],
+)
+def test_a_start_imports_only_what_it_needs(module: str, heavy: set[str]) -> None:
+    program = f"import sys, {module}; print(*[name for name in {heavy} if name in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
 def test_the_scripts_stay_short_and_executable() -> None:
     scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.suffix]
 

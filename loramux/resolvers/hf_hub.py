@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loramux.engine.errors import AdapterError, AdapterUnavailable, InvalidConfig, InvalidRequest
 from loramux.resolvers.base import ResolverContext
-from loramux.resolvers.hub_client import HubClient, RepositoryState
 from loramux.resolvers.listing import Hiccup
 from loramux.resolvers.refusal import CONFIG_FILE, same_again
+from loramux.resolvers.remote_clients import open_hub
 from loramux.resolvers.settings import settings_from, twin_variable
 from loramux.resolvers.uri import SourceUri, parse_uri
+
+if TYPE_CHECKING:
+    from loramux.resolvers.hub_client import HubClient, RepositoryState
 
 VARIABLE: Final = "LORA_RESOLVER_HF_REPO_LIST"
 _LISTING_TTL_S: Final = 60.0
@@ -35,7 +38,7 @@ def create(context: ResolverContext) -> HubResolver | None:
     if listed is None:
         return None
     repos = [_repository(entry.strip()) for entry in listed.split(",") if entry.strip()]
-    client = None if context.offline else HubClient(settings_from(context.environ))
+    client = None if context.offline else open_hub(settings_from(context.environ))
     return HubResolver(repos, client, is_stored=context.is_stored)
 
 
@@ -134,4 +137,4 @@ class _Shelf:
             return AdapterUnavailable(f"hf://{self.uri.authority} cannot be listed: {hiccup}", param="model")
         except AdapterError as error:
             return error
-        return RepositoryState(state.commit, frozenset(state.paths))
+        return state._replace(paths=frozenset(state.paths))

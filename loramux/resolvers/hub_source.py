@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from loramux.engine.errors import AdapterNotFound
 from loramux.resolvers.base import PinnedSource
-from loramux.resolvers.hub_client import HubClient
 from loramux.resolvers.listing import Listing, RemoteFile, SourceChanged, check_names
+from loramux.resolvers.remote_clients import open_hub
 from loramux.resolvers.settings import SourceSettings
 from loramux.resolvers.uri import SourceUri, parse_uri
 
@@ -17,7 +17,7 @@ class HubSource:
     """hf:// addresses; see `loramux.resolvers.listing.Remote`."""
 
     def __init__(self, settings: SourceSettings) -> None:
-        self._client = HubClient(settings)
+        self._client = open_hub(settings)
 
     def list(self, uri: SourceUri) -> Listing:
         """The files of the folder at the commit that the address means now."""

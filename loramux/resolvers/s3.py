@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loramux.engine.errors import AdapterNotFound, AdapterUnavailable, InvalidConfig, InvalidRequest
 from loramux.resolvers.base import ResolverContext
 from loramux.resolvers.listing import Hiccup
 from loramux.resolvers.refusal import CONFIG_FILE
-from loramux.resolvers.s3_client import S3Client
+from loramux.resolvers.remote_clients import open_s3
 from loramux.resolvers.settings import settings_from, twin_variable
 from loramux.resolvers.uri import SourceUri, parse_uri
+
+if TYPE_CHECKING:
+    from loramux.resolvers.s3_client import S3Client
 
 VARIABLE: Final = "LORA_RESOLVER_S3_PREFIX"
 _MAX_KEY_BYTES: Final = 1024
@@ -40,7 +43,7 @@ def create(context: ResolverContext) -> S3Resolver | None:
             f"LORAMUX_{VARIABLE} must be of the form s3://BUCKET/PREFIX/, got {prefix!r}",
             param=f"LORAMUX_{VARIABLE}",
         )
-    client = None if context.offline else S3Client(settings_from(context.environ))
+    client = None if context.offline else open_s3(settings_from(context.environ))
     return S3Resolver(uri, client, is_stored=context.is_stored)
 
 

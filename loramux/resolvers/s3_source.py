@@ -8,7 +8,7 @@ from typing import Final
 from loramux.resolvers.base import PinnedSource
 from loramux.resolvers.cache import source_key
 from loramux.resolvers.listing import Listing, RemoteFile, check_names
-from loramux.resolvers.s3_client import S3Client
+from loramux.resolvers.remote_clients import open_s3
 from loramux.resolvers.settings import SourceSettings
 from loramux.resolvers.uri import SourceUri, parse_uri
 
@@ -19,7 +19,7 @@ class S3Source:
     """s3:// addresses; see `loramux.resolvers.listing.Remote`."""
 
     def __init__(self, settings: SourceSettings) -> None:
-        self._client = S3Client(settings)
+        self._client = open_s3(settings)
 
     def list(self, uri: SourceUri) -> Listing:
         """The objects under `prefix/`, with the slash: `loras/a` never means `loras/a-v2`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +53,7 @@ class Sources:
         self.store = Store(
             settings.store_dir, max_bytes=settings.max_store_bytes, min_free_bytes=settings.min_free_bytes
         )
-        self._remotes: dict[Scheme, Remote] = {}
+        self._remotes = _Remotes(settings)
         self._flights: dict[str, Flight] = {}
         self._threads = ThreadPoolExecutor(
             settings.max_parallel_downloads, thread_name_prefix="fetch", initializer=step_back
@@ -79,18 +80,14 @@ class Sources:
         flights = list(self._flights.values())
         for flight in flights:
             flight.watch.cancel()
-        for remote in self._remotes.values():
-            await asyncio.to_thread(remote.close)
+        await asyncio.to_thread(self._remotes.close)
         await asyncio.gather(*(flight.task for flight in flights), return_exceptions=True)
         await asyncio.to_thread(self._threads.shutdown)
         await asyncio.to_thread(self.store.close)
 
     def _take_off(self, uri: SourceUri) -> Flight:
-        if uri.scheme not in self._remotes:
-            self._remotes[uri.scheme] = _REMOTES[uri.scheme](self.settings)
-        remote = self._remotes[uri.scheme]
         flight = Flight(
-            lambda flight: _Fetch(self.settings, self.store, remote, uri, flight).run(), self._threads
+            lambda flight: _Fetch(self.settings, self.store, self._remotes, uri, flight).run(), self._threads
         )
         key = str(uri)
         self._flights[key] = flight
@@ -102,15 +99,44 @@ class Sources:
             del self._flights[key]
 
 
+class _Remotes:
+    """One client for each kind of source, opened in the thread of the first fetch that needs it."""
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self._settings = settings
+        self._mutex = threading.Lock()
+        self._open: dict[Scheme, Remote] | None = {}  # None = closed
+
+    def get(self, scheme: Scheme) -> Remote:
+        """The client of a kind; may import what it is made of.
+
+        Raises:
+            AdapterUnavailable: `close` was called.
+        """
+        with self._mutex:
+            if self._open is None:
+                raise AdapterUnavailable("the download was cancelled", param="lora_path")
+            if scheme not in self._open:
+                self._open[scheme] = _REMOTES[scheme](self._settings)
+            return self._open[scheme]
+
+    def close(self) -> None:
+        """Close every client; a read in progress fails, and none is opened any more."""
+        with self._mutex:
+            remotes, self._open = self._open, None
+        for remote in (remotes or {}).values():
+            remote.close()
+
+
 class _Fetch:
     """One fetch, in a thread."""
 
     def __init__(
-        self, settings: SourceSettings, store: Store, remote: Remote, uri: SourceUri, flight: Flight
+        self, settings: SourceSettings, store: Store, remotes: _Remotes, uri: SourceUri, flight: Flight
     ) -> None:
         self._settings = settings
         self._store = store
-        self._remote = remote
+        self._remotes = remotes
         self._uri = uri
         self._flight = flight
 
@@ -118,8 +144,8 @@ class _Fetch:
         """The whole of it."""
         self._flight.watch.check()
         self._flight.report("resolving", 0)
-        if isinstance(self._remote, LocalSource) and not self._settings.copy_local:
-            return self._in_place(self._remote)
+        if self._uri.scheme not in _NETWORK and not self._settings.copy_local:
+            return self._in_place()
         found = self._without_asking()
         if found is not None:
             return self._fetched(*found)
@@ -131,8 +157,9 @@ class _Fetch:
                 self._flight.watch.pause(self._settings.retry_delay_s)
         raise AdapterUnavailable(f"{self._uri} keeps changing while it is read: {why}", param="lora_path")
 
-    def _in_place(self, local: LocalSource) -> FetchedAdapter:
+    def _in_place(self) -> FetchedAdapter:
         """A folder as it is: its files may change, so nothing is promised about them."""
+        local = LocalSource(self._settings)
         listing = local.list(self._uri)
         return FetchedAdapter(
             folder=local.find(self._uri),
@@ -164,14 +191,15 @@ class _Fetch:
     def _ask(self) -> tuple[SourceRecord, StoreLease]:
         """What is at the address now, downloaded unless the store has it."""
         tries = Tries(self._uri, self._settings, self._flight.watch)
-        listing = with_retries(lambda: self._remote.list(self._uri), tries)
+        remote = self._remotes.get(self._uri.scheme)
+        listing = with_retries(lambda: remote.list(self._uri), tries)
         if listing.nbytes > self._settings.max_adapter_bytes:
             raise AdapterIncompatible(
                 f"{self._uri} has {listing.nbytes} bytes of adapter files, more than the limit of"
                 f" {self._settings.max_adapter_bytes} bytes (--max-adapter-bytes)",
                 param="lora_path",
             )
-        found = self._stored(listing) or self._download(listing)
+        found = self._stored(listing) or self._download(remote, listing)
         alias = source_key(str(self._uri))
         if listing.fingerprint is not None and self._store.record(alias) != found[0]:
             self._store.remember(alias, found[0])  # a branch, for when the source cannot be asked
@@ -182,7 +210,7 @@ class _Fetch:
             return None
         return self._store.find(source_key(listing.source.uri), listing.fingerprint)
 
-    def _download(self, listing: Listing) -> tuple[SourceRecord, StoreLease]:
+    def _download(self, remote: Remote, listing: Listing) -> tuple[SourceRecord, StoreLease]:
         flight = self._flight
         once = os.urandom(16).hex()  # what cannot be told apart later is not continued either
         key = source_key(listing.source.uri, once if listing.fingerprint is None else listing.fingerprint)
@@ -194,7 +222,7 @@ class _Fetch:
             flight.total_bytes = listing.nbytes
             flight.report("downloading", 0)
             try:
-                files = download(self._remote, listing, partial, self._settings, flight.watch)
+                files = download(remote, listing, partial, self._settings, flight.watch)
             except OSError as error:
                 _empty(partial)
                 raise self._store.error_for(error, listing.nbytes) from error

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from loramux.engine.errors import InvalidConfig, InvalidRequest
-from loramux.server.errors import AdapterNameRefused
 
 MAX_NAME_CHARS: Final = 256
+
+
+class AdapterNameRefused(InvalidRequest):
+    """No adapter may have this name, or none was given."""
 
 
 def name_problem(name: str, base_names: Sequence[str]) -> str | None:

@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from loramux.engine import errors as engine_errors
 from loramux.engine.errors import InvalidRequest, LoramuxError, ModelNotFound
+from loramux.server.adapter_names import AdapterNameRefused
 from loramux.server.observe.call_record import note_error
 
 logger = logging.getLogger(__name__)
@@ -103,10 +104,6 @@ class RouteDisabled(LoramuxError):
 
 class UnsupportedContent(InvalidRequest):
     """A message brings an image, audio or a file; the model reads text."""
-
-
-class AdapterNameRefused(InvalidRequest):
-    """No adapter may have this name, or none was given."""
 
 
 class AdapterExists(InvalidRequest):

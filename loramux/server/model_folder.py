@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
-from typing import Final
-
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from typing import Final, cast
 
 from loramux.engine.errors import InvalidConfig
 
-# Only what is read: never pickled weights, never code.
-_TEXTS: Final = ["*.json", "*.jinja"]
-_WEIGHTS: Final = ["*.safetensors"]
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -47,15 +42,10 @@ def find_model_folder(
         raise InvalidConfig(
             f"model {model!r} is neither a folder nor an id of the form ORGANISATION/NAME", param="model"
         )
-    files = _TEXTS + _WEIGHTS if with_weights else _TEXTS
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, cache_dir=download_dir, token=token, allow_patterns=files
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InvalidConfig(
-            f"model {model!r} is not a folder here, and the Hub did not give it: {why}", param="model"
-        ) from error
+    download = importlib.import_module(
+        "loramux.server.hub_model"
+    ).download_model  # who has a folder needs no Hub
+    return cast(
+        Path,
+        download(model, revision=revision, download_dir=download_dir, token=token, with_weights=with_weights),
+    )

@@ -19,9 +19,10 @@ from loramux.engine.errors import (
     ModelNotFound,
 )
 from loramux.server.adapter_events import AdapterEvent
+from loramux.server.adapter_names import AdapterNameRefused
 from loramux.server.adapter_orders import IfLoaded, Loaded, LoadOrder, Outcome
 from loramux.server.adapters import AdapterLease, AdapterState, Origin
-from loramux.server.errors import AdapterConflict, AdapterExists, AdapterNameRefused
+from loramux.server.errors import AdapterConflict, AdapterExists
 from tests.adapter_files import llama_sites, write_adapter
 from tests.server.adapter_world import World, adapter_world
 

@@ -6,9 +6,8 @@ import pytest
 
 from loramux.engine.errors import InvalidRequest, ModelNotFound
 from loramux.engine.types import AdapterSpec
-from loramux.server.adapter_names import require_model
+from loramux.server.adapter_names import AdapterNameRefused, require_model
 from loramux.server.adapters import AdapterTable, answer_headers, fingerprint
-from loramux.server.errors import AdapterNameRefused
 
 SPEC = AdapterSpec(digest="ab" * 32, path="/p", rank=8, nbytes=10, files=[], modules=[])
 

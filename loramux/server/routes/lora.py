@@ -11,8 +11,8 @@ from loramux.engine.errors import AdapterNotFound
 from loramux.server.access.access import require_change
 from loramux.server.access.caller import caller_of
 from loramux.server.access.scopes import needs
+from loramux.server.adapter_names import AdapterNameRefused
 from loramux.server.adapter_orders import IfLoaded, LoadOrder, Outcome
-from loramux.server.errors import AdapterNameRefused
 from loramux.server.routes.adapter_route import AdapterRoute
 from loramux.server.routes.answering import in_words_of
 from loramux.server.schemas.adapters import (
