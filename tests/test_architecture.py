@@ -126,7 +126,7 @@ def test_the_server_side_never_imports_torch_or_transformers(module: str) -> Non
     ("module", "heavy"),
     [
         ("loramux.server.app", {"s3fs", "aiohttp", "botocore", "fsspec", "httpx", "huggingface_hub"}),
-        ("loramux.server.config", {"fastapi", "pydantic", "tokenizers", "uvicorn"}),
+        ("loramux.server.lifecycle", {"fastapi", "pydantic", "tokenizers", "uvicorn", "prometheus_client"}),
     ],
 )
 def test_a_start_imports_only_what_it_needs(module: str, heavy: set[str]) -> None:

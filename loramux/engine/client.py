@@ -59,7 +59,7 @@ _LAST_FRAME_TIMEOUT_S = 0.5  # for the reason that a process sent just before it
 
 _Stream = asyncio.Queue[SequenceOutput | LoramuxError]
 
-ENGINE_COMMAND = (sys.executable, "-m", "loramux.engine.process")
+ENGINE_COMMAND = (sys.executable, "-m", "loramux.engine")
 
 
 class EngineClient:

@@ -1,6 +1,6 @@
 """The engine's own process: the step loop between a socket and an `Engine`.
 
-Started by `EngineClient` as `python -m loramux.engine.process ADDRESS CONFIG_JSON`. It ends when it
+Started by `EngineClient` as `python -m loramux.engine ADDRESS CONFIG_JSON`. It ends when it
 is told to, when its parent is gone, or by an error that leaves the device in doubt; the server
 notices at once and says so to everybody who waits.
 """
@@ -156,7 +156,3 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             sys.exit("the server ended while the engine was starting")
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -14,7 +14,6 @@ disconnect.
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 import uuid
 from collections import Counter
@@ -28,12 +27,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from loramux.engine.errors import LoramuxError, Overloaded
 from loramux.server.admission_config import ConnectionConfig
 from loramux.server.errors import HeadersTooLarge, MalformedHttp, RequestTooSlow, respond
+from loramux.server.listener import SPARE_CONNECTIONS
 
 PROBES: Final = frozenset({b"/health", b"/live", b"/ready", b"/ping", b"/metrics"})
 _SLOWEST_BODY: Final = 16 << 10  # bytes a second, beyond the read timeout
 _SEND_BUFFER: Final = 64 << 10  # of the kernel, for each connection
-_SPARE_CONNECTIONS: Final = 64  # above the limit: for probes, and to say no
-_SPARE_FILES: Final = 256  # that the process opens beside its connections
 _PARTING_S: Final = 1.0
 _IDLE, _HEAD, _BODY = range(3)
 
@@ -72,7 +70,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Take a connection, or refuse one that is far too many."""
         super().connection_made(transport)
         _bound_socket(transport.get_extra_info("socket"), self._bounds.stream_write_timeout_s)
-        if len(self.connections) > self._bounds.max_connections + _SPARE_CONNECTIONS:
+        if len(self.connections) > self._bounds.max_connections + SPARE_CONNECTIONS:
             self._refuse(_too_many_connections(self._bounds), "connections")
             return
         self._reading = self.loop.call_later(self._bounds.request_header_timeout_s, self._on_slow_head)
@@ -250,17 +248,6 @@ class BoundedProtocol(HttpToolsProtocol):
 def bounded_protocol(bounds: ConnectionConfig, cuts: Counter[str]) -> type[asyncio.Protocol]:
     """What uvicorn makes a connection with."""
     return cast("type[asyncio.Protocol]", partial(BoundedProtocol, bounds=bounds, cuts=cuts))
-
-
-def allow_open_files(connections: int) -> bool:
-    """Raise the process's limit on open files to what so many connections need; False if it may not be."""
-    wanted = connections + _SPARE_CONNECTIONS + _SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        return allowed >= wanted
-    return True
 
 
 def _bound_socket(connection: socket.socket | None, unread_s: float) -> None:

@@ -11,35 +11,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
-from typing import Final
+from collections.abc import Awaitable, Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-import uvicorn
 import uvloop
 
 from loramux.engine import log_format as log_lines
 from loramux.engine.client import ENGINE_COMMAND
 from loramux.engine.errors import EngineDead, LoramuxError
-from loramux.server.adapter_start import Replay, load_modules
-from loramux.server.app import build_app, build_services, read_model_text
-from loramux.server.config import Config, ServerConfig
+from loramux.server.config import Config
 from loramux.server.engine_keeper import EngineKeeper
-from loramux.server.http_protocol import allow_open_files, bounded_protocol
-from loramux.server.listener import Listener
+from loramux.server.listener import Listener, allow_open_files
 from loramux.server.model_folder import find_model_folder
-from loramux.server.services import Services
 from loramux.server.tls import Tls
+
+if TYPE_CHECKING:
+    from loramux.server.front import Front, HttpServer
+    from loramux.server.services import Services
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_TIMEOUT_S: Final = 3  # for connections whose answers have ended
 _FORCE_TIMEOUT_S: Final = 2.0  # after the second signal, for everything
 _THREADS_TIMEOUT_S: Final = 1.0  # for threads whose results nobody waits for any more
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -82,8 +81,8 @@ class _Server:
         self._tls = Tls(config.server) if config.server.ssl_certfile else None
         self._stop = asyncio.Event()  # a signal came
         self._force = asyncio.Event()  # and another one
-        self._http: _Uvicorn | None = None
-        self._replay: Replay | None = None
+        self._front: Front | None = None
+        self._http: HttpServer | None = None
         self._services: Services | None = None
         self._has_hung_up = False
         self._reload: asyncio.Future[None] | None = None  # held, or it might be collected
@@ -156,44 +155,24 @@ class _Server:
         )
         engine_config = msgspec.structs.replace(self._config.engine, model=str(folder))
         self._engine = EngineKeeper(engine_config, command=self._engine_command, care=self._config.care)
-        info, text = await asyncio.gather(
-            self._engine.start(), asyncio.to_thread(read_model_text, server, folder)
+        info, front = await asyncio.gather(
+            self._engine.start(), asyncio.to_thread(_import_front, self._config, folder)
         )
         _say(
             f"model loaded in {time.monotonic() - began_s:.1f} s: {info.architecture}, {info.dtype} on "
             f"{info.device}, context {info.max_model_len} tokens, KV cache "
             f"{info.num_kv_blocks * info.block_size} tokens"
         )
-        services = await asyncio.to_thread(build_services, self._config, self._engine, text)
-        try:
-            adapters = self._config.adapters
-            await load_modules(services.manager, adapters.modules, strict=adapters.modules_strict, say=_say)
-            if services.desired is not None:
-                services.desired.start()
-            self._replay = Replay(services.manager)
-            self._replay.start(except_for=services.desired.names if services.desired else ())
-        except BaseException:
-            await self._stop_adapters(services)
-            raise
-        return services
-
-    async def _stop_adapters(self, services: Services) -> None:
-        if self._replay is not None:
-            await self._replay.stop()
-        if services.desired is not None:
-            await services.desired.stop()
-        await services.manager.aclose()
-        await services.grammars.aclose()
-        services.uploads.close()
-        services.access.close()
-        await services.observer.aclose()
+        self._front = front
+        return await front.open(self._engine, _say)
 
     async def _serve(self, services: Services, listener: Listener) -> None:
-        server = self._config.server
+        server, front = self._config.server, self._front
+        assert front is not None
         self._services = services
         if self._has_hung_up:  # while it started: the keys are those of before
             await services.access.reload()
-        self._http = _Uvicorn(_uvicorn_config(services, server, self._tls))
+        self._http = front.http_server(services, self._tls)
         gc.collect()
         gc.freeze()  # what start-up allocated is never scanned again: a full scan takes tens of ms
         serving = asyncio.ensure_future(self._http.serve(sockets=[listener.socket]))
@@ -214,7 +193,7 @@ class _Server:
         await self._drain(services, server.shutdown_timeout_s)
         self._http.should_exit = True
         await services.engine.stop()  # what still runs gets an error now
-        await self._stop_adapters(services)
+        await front.close(services)
         await serving
         if has_failed:
             raise EngineDead("the server ended, because its engine cannot be kept running")
@@ -228,6 +207,14 @@ class _Server:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await _first(services.drain.wait_idle(), self._force.wait(), services.engine.wait_dead())
+
+
+def _import_front(config: Config, folder: Path) -> Front:
+    """What answers requests: 0.4 s of imports, then the model's text, while the engine loads."""
+    module = importlib.import_module("loramux.server.front")
+    gc.freeze()  # imports leave no garbage to speak of, so the collection before the first request skips them
+    front: Front = module.Front(config, folder)
+    return front
 
 
 async def _first(*work: Awaitable[object]) -> None:
@@ -246,42 +233,6 @@ def _end_within(seconds: float, code: int) -> None:
     last_resort = threading.Timer(seconds, os._exit, (code,))
     last_resort.daemon = True
     last_resort.start()
-
-
-class _Uvicorn(uvicorn.Server):
-    """Uvicorn without its own signal handling, and with a sign that it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals to `_Server`, which ends the process with exit code 0."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
-        await super().startup(sockets=sockets)
-        self.listening.set()
-
-
-def _uvicorn_config(services: Services, server: ServerConfig, tls: Tls | None) -> uvicorn.Config:
-    config = uvicorn.Config(
-        build_app(services),
-        http=bounded_protocol(server.connections, services.generator.admission.rejections),
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,  # the request log says more
-        server_header=False,
-        forwarded_allow_ips=services.config.access.forwarded_allow_ips,
-        timeout_keep_alive=server.timeout_keep_alive_s,
-        timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
-    )
-    config.load()
-    config.ssl = tls.context if tls is not None else None
-    return config
 
 
 _STARTED_S: Final = time.monotonic()  # about when the process started: this module is imported first

@@ -1,9 +1,10 @@
-"""Where the server listens: an address and port, or a Unix socket."""
+"""Where the server listens: an address and port, or a Unix socket; and how many connections it can hold."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import stat
 from pathlib import Path
@@ -12,7 +13,20 @@ from typing import Final
 from loramux.engine.errors import InvalidConfig
 from loramux.server.config import ServerConfig
 
+SPARE_CONNECTIONS: Final = 64  # above the limit: for probes, and to say no
+_SPARE_FILES: Final = 256  # that the process opens beside its connections
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def allow_open_files(connections: int) -> bool:
+    """Raise the process's limit on open files to what so many connections need; False if it may not be."""
+    wanted = connections + SPARE_CONNECTIONS + _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        return allowed >= wanted
+    return True
 
 
 class Listener:
