@@ -27,7 +27,7 @@ from loramux.resolvers.base import PinnedSource
 from loramux.resolvers.uri import parse_uri
 from loramux.server.adapter_bring_up import BringUp
 from loramux.server.adapter_flights import Flight, Flights, again
-from loramux.server.adapter_names import require_adapter_name
+from loramux.server.adapter_names import RESERVED_NAME, require_adapter_name
 from loramux.server.adapter_orders import (
     AdapterChange,
     IfLoaded,
@@ -112,11 +112,11 @@ class AdapterManager:
         """Start to resolve and load what a request names.
 
         Raises:
-            ModelNotFound: there are no resolvers.
+            ModelNotFound: there are no resolvers, or no adapter can have this name.
             AdapterError: it failed a moment ago.
         """
         self._check_failed_lately(name)
-        if self._chain is None:
+        if self._chain is None or name == RESERVED_NAME:
             raise self.table.not_found(name)
         return self._take_off(LoadOrder(name=name, source=None, origin=Origin.RESOLVER))
 

@@ -8,6 +8,7 @@ from typing import Final
 from loramux.engine.errors import InvalidConfig, InvalidRequest
 
 MAX_NAME_CHARS: Final = 256
+RESERVED_NAME: Final = "events"  # GET /v1/lora_adapters/{name} would not answer with its row
 
 
 class AdapterNameRefused(InvalidRequest):
@@ -24,6 +25,8 @@ def name_problem(name: str, base_names: Sequence[str]) -> str | None:
         return "must not have '..' as a part"
     if name.endswith("/"):
         return "must not end with '/': paths of requests mean the same with and without it"
+    if name == RESERVED_NAME:
+        return "is reserved: GET /v1/lora_adapters/events is the stream of changes, not an adapter's row"
     if name in base_names:
         return "conflicts with a served base model"
     return None

@@ -24,7 +24,7 @@ BEYOND_SCHEMAS: Final = {
     "source": "an address is a path, a URI or a Hub id",
     "lora_path": "the same",
     "src": "the same",
-    "lora_name": "no control characters, no `..`, not the base model's name",
+    "lora_name": "no control characters, no `..`, not `events`, not the base model's name",
     "name": "the same",
     "digest": "the digest of what is at the source",
     "input_tokens": "the prompt's length in tokens",

@@ -26,7 +26,7 @@ from tests.running_server import RunningServer, running_server
 from tests.server.fake_serve import COMMAND
 from tests.server.scrapes import scrape
 
-NAMES = ["plain", "org/name", "a:b", "with space", "v1.2", "ü/ö:x y", "events2", "100%", "q?a#b"]
+NAMES = ["plain", "org/name", "a:b", "with space", "v1.2", "ü/ö:x y", "events/2", "Events", "100%", "q?a#b"]
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +346,34 @@ def test_uploads_that_are_refused(http: httpx.Client, folder: Path, updatable: R
         assert (response.status_code, error_of(response)["param"]) == (400, "x-loramux-adapter-config")
     assert (cut.status_code, error_of(cut)["code"]) == (400, "adapter_incompatible")
     assert list(updatable.store.glob("uploads/*/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [
+        ("POST", "/v1/load_lora_adapter", {"lora_name": "events", "lora_path": "{}"}, "lora_name"),
+        ("PUT", "/v1/lora_adapters/events", {"source": "{}"}, "name"),
+        ("PUT", "/v1/lora_adapters/events?dry_run=true", {"source": "{}"}, "name"),
+        ("PUT", "/v1/lora_adapters/%65vents", None, "name"),
+        ("POST", "/v1/loras", {"lora_name": "events", "source": {"uri": "{}"}}, "lora_name"),
+        ("POST", "/adapters", {"name": "events", "src": "{}"}, "name"),
+    ],
+)
+def test_no_adapter_takes_the_name_of_the_event_stream(
+    http: httpx.Client, folder: Path, method: str, path: str, body: dict[str, Any] | None, param: str
+) -> None:
+    content = json.dumps(body).replace("{}", str(folder)) if body else b"\0" * 64
+    kind = "application/json" if body else "application/x-safetensors"
+
+    refused = http.request(method, path, content=content, headers={"content-type": kind})
+
+    assert refused.status_code == 400
+    assert (error_of(refused)["code"], error_of(refused)["param"]) == ("invalid_adapter_name", param)
+    assert "'events' is reserved: GET /v1/lora_adapters/events is the stream" in error_of(refused)["message"]
+    assert http.get("/v1/lora_adapters").json()["data"] == []
+    with http.stream("GET", "/v1/lora_adapters/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert next(stream.iter_lines()) == ": connected"
 
 
 def test_events_tell_of_every_change(http: httpx.Client, updatable: RunningServer, folder: Path) -> None:

@@ -294,6 +294,17 @@ async def test_a_name_that_no_resolver_knows_leaves_no_trace(tmp_path: Path) -> 
         assert world.told == []
 
 
+async def test_a_reserved_name_is_not_looked_for(tmp_path: Path) -> None:
+    async with adapter_world(tmp_path, environ=resolver_environ(tmp_path)) as world:
+        write_adapter(tmp_path / "events", llama_sites())
+
+        with pytest.raises(ModelNotFound, match="does not exist"):
+            await world.manager.lease("events")
+
+        assert list(world.manager.table.rows()) == []
+        assert world.told == []
+
+
 async def test_a_found_adapter_that_cannot_be_served_is_not_read_again_at_once(tmp_path: Path) -> None:
     async with adapter_world(tmp_path, environ=resolver_environ(tmp_path)) as world:
         folder = Path(world.adapter(1, rank=300))

@@ -130,6 +130,7 @@ def test_wrong_flags_are_refused_by_name(argv: list[str], fragments: list[str]) 
         (["a/../b=p"], "'..'"),
         (["a\nb=p"], "control characters"),
         (["a/=p"], "end with '/'"),
+        (["events=p"], "adapter name 'events' is reserved: GET /v1/lora_adapters/events"),
         ([f"{'x' * 257}=p"], "256"),
     ],
 )

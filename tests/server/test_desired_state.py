@@ -40,6 +40,7 @@ def test_entries_are_read(tmp_path: Path) -> None:
         ("- a", "object"),
         ("adapters: [{name: a}]", "source"),
         ("adapters: [{name: a, source: /a, pined: true}]", "pined"),
+        ("adapters: [{name: events, source: /a}]", "'events' is reserved"),
         ("adapters: [{name: base, source: /a}]", "conflicts with a served base model"),
         ("adapters: [{name: a, source: /a}, {name: a, source: /b}]", "stands there twice"),
         ("adapters: [{name: a, source: 'ftp://x'}]", "unknown scheme"),
