@@ -37,7 +37,7 @@ from loramux.engine.kernels.cpu import backend
 from loramux.engine.kernels.cpu.threads import bind
 from loramux.engine.layers import activation, linear, norm, rotary
 from loramux.engine.model_input import InputBuilder
-from loramux.engine.models import decoder
+from loramux.engine.models import decoder, recorded_layers
 from loramux.engine.types import Request, SequenceOutput, TokenSampling
 from loramux.resolvers.inspect import inspect_adapter
 
@@ -49,6 +49,7 @@ PREFILL: Final = 1024
 STEPS: Final = 24  # of one round, decoding
 HEAD: Final = "head"
 LORA: Final = "LoRA"  # of decoded tokens, part of the sites' phases
+LAYERS: Final = "layers"  # in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ def timer_of(engine: Engine) -> PhaseTimer:
     timer.time(torch_step, "sample", "sample")
     timer.time(decoder.Decoder, "forward", "decoder loop")
     timer.time(decoder.Decoder, "logits", HEAD)
+    timer.time(recorded_layers.RecordedLayers, "__call__", LAYERS)
     timer.time(decoder.Decoder, "_embed", "embed")
     timer.time(rotary.Rotary, "angles", "angles")
     timer.time(linear.LoraLinear, "__call__", lambda args: sites[id(args[0])])
@@ -152,6 +154,18 @@ def rounds(engine: Engine, case: Case, adapters: list[str], rng: random.Random) 
         step(engine)
 
 
+def take_cycles(engine: Engine) -> dict[str, int]:
+    """Of the step's operations by kind, if its layers were one call."""
+    recorded = engine.runner.model._recorded
+    return {} if recorded is None else dict(recorded.take_cycles())
+
+
+def split_layers(phases: dict[str, float], cycles: dict[str, int]) -> dict[str, float]:
+    """The time of the one call in place of that, by kind of operation, as its cycles are distributed."""
+    seconds, total = phases.pop(LAYERS, 0.0), sum(cycles.values())
+    return phases | {kind: phases.get(kind, 0.0) + seconds * n / total for kind, n in cycles.items()}
+
+
 def measure(
     engine: Engine, case: Case, adapters: list[str], rng: random.Random, *, turns: int
 ) -> tuple[float, dict[str, float]]:
@@ -165,9 +179,10 @@ def measure(
         for _ in rounds(engine, case, adapters, rng):
             plain.append(step(engine)[0])
         for _ in rounds(engine, case, adapters, rng):
+            take_cycles(engine)
             with timer:
                 step(engine)
-            timed.append(timer.take())
+            timed.append(split_layers(timer.take(), take_cycles(engine)))
     names = {name for phases in timed for name in phases}
     return statistics.median(plain), {
         name: statistics.median(phases.get(name, 0.0) for phases in timed) for name in names

@@ -277,6 +277,7 @@ class ModelRunner:
         if start is not None:
             steps: Steps = start.begin(self._caches)
             return steps
+        self.model.record(self._caches)
         builder = InputBuilder(
             attention=attention,
             needs_lengths=self.model.needs_lengths,

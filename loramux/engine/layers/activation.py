@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from loramux.engine.kernels.cpu.dtypes import TAGS, split_evenly, takes
+from loramux.engine.kernels.cpu.operations import silu_code
+from loramux.engine.kernels.cpu.recording import Operation, arguments
 from loramux.engine.kernels.cpu.rows import silu_mul, silu_mul_parallel
 from loramux.engine.kernels.cpu.threads import is_alone
 
@@ -30,6 +32,11 @@ class Activation:
         self._is_gated = is_gated
         self._is_silu = name == "silu"
 
+    @property
+    def is_silu_gate(self) -> bool:
+        """True if it is silu(gate) · up."""
+        return self._is_gated and self._is_silu
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_tokens, width], or [num_tokens, 2 * width] when gated; → [num_tokens, width]."""
         if not self._is_gated:
@@ -45,3 +52,8 @@ class Activation:
             bounds = split_evenly(rows, torch.get_num_threads())
             silu_mul_parallel(TAGS[x.dtype], x.data_ptr(), out.data_ptr(), width, bounds)
         return out
+
+    def operation(self, gate_up: Tensor, out: Tensor) -> Operation:
+        """A silu gate of as many rows as a step has."""
+        values = (gate_up.data_ptr(), out.data_ptr(), out.shape[1])
+        return Operation("activation", silu_code(), arguments(*values))

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loramux.engine.kernels.cpu.lora import product_code as lora_product_code
+from loramux.engine.kernels.cpu.operations import product_code
 from loramux.engine.kernels.cpu.product import PackedLinear, supports
+from loramux.engine.kernels.cpu.recording import Operation, arguments
 from loramux.engine.kernels.lora import LoraInput, SiteLanes, apply_lora
 from loramux.engine.layers.fp8_linear import Fp8Linear, QuantizeRows, check_fp8, quantize_rows
 from loramux.engine.layers.int8_linear import Int8Linear, check_int8
@@ -73,30 +76,44 @@ class LoraLinear:
     output, the adapters' part included, and what is returned is the sum.
     """
 
-    __slots__ = ("_packed", "lanes", "linear", "peers")
+    __slots__ = ("lanes", "linear", "packed", "peers")
 
     def __init__(self, linear: BaseLinear, lanes: SiteLanes | None, peers: Peers | None = None) -> None:
         self.linear = linear
         self.lanes = lanes  # None on a server without LoRA
-        self._packed = None
-        if lanes is not None and isinstance(linear, Linear | Int8Linear) and linear.packed is not None:
-            self._packed = linear.packed  # its code multiplies and adds the lanes' part in one
+        self.packed: PackedLinear | None = None
+        if isinstance(linear, Linear | Int8Linear):
+            self.packed = linear.packed  # its code multiplies and adds the lanes' part in one
         self.peers = peers  # ranks that hold the other input features; None = all are here
 
     def __call__(self, x: Tensor, lora: LoraInput | None) -> Tensor:
         """The base output plus what each token's adapter adds; base-only steps pay nothing."""
         if lora is None or self.lanes is None:
             out = self.linear(x)
-        elif self._packed is not None and lora.prompts is not None and not lora.gains:
-            out = lora.prompts.multiply(self._packed, x, self.lanes.address)
+        elif self.packed is not None and lora.prompts is not None and not lora.gains:
+            out = lora.prompts.multiply(self.packed, x, self.lanes.address)
             if lora.rows is not None:
                 lora.rows.add(out, x, self.lanes.address)
-        elif self._packed is not None and lora.rows is not None and not lora.gains:
-            out = lora.rows.multiply(self._packed, x, self.lanes.address)
+        elif self.packed is not None and lora.rows is not None and not lora.gains:
+            out = lora.rows.multiply(self.packed, x, self.lanes.address)
         else:
             out = self.linear(x)
             apply_lora(out, x, self.lanes, lora)
         return out if self.peers is None else self.peers.add(out)
+
+    def operation(self, kind: str, x: Tensor, out: Tensor, *, with_lora: bool) -> Operation:
+        """The call, for as many rows as a step has, from x into out.
+
+        Args:
+            kind: under which its time is counted
+            with_lora: for steps with adapters
+        """
+        assert self.packed is not None
+        values = (x.data_ptr(), out.data_ptr(), self.packed.address)
+        if not with_lora:
+            return Operation(kind, product_code(), arguments(*values))
+        assert self.lanes is not None
+        return Operation(kind, lora_product_code(), arguments(*values, self.lanes.address))
 
 
 def make_linear(

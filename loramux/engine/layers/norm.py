@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from loramux.engine.kernels.cpu.dtypes import TAGS, split_evenly, takes
+from loramux.engine.kernels.cpu.operations import norm_code
+from loramux.engine.kernels.cpu.recording import Operation, arguments, bits
 from loramux.engine.kernels.cpu.rows import rms_norm, rms_norm_parallel
 
 _PARALLEL_ROWS = 128  # from here on a second thread is worth its waking
@@ -19,12 +21,12 @@ class RMSNorm:
     trained; a fused operator that multiplies first differs in the last bit.
     """
 
-    __slots__ = ("_is_compiled", "_weight", "eps")
+    __slots__ = ("_weight", "eps", "is_compiled")
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._weight = weight
         self.eps = eps
-        self._is_compiled = takes(weight, weight.shape[0])
+        self.is_compiled = takes(weight, weight.shape[0])
 
     @property
     def weight(self) -> Tensor:
@@ -38,7 +40,7 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., features], any leading shape."""
-        if self._is_compiled and x.is_contiguous():
+        if self.is_compiled and x.is_contiguous():
             return self._compiled(x, 0)
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(self.eps))
@@ -46,9 +48,15 @@ class RMSNorm:
 
     def after_add(self, x: Tensor, delta: Tensor) -> Tensor:
         """x += delta in place; returns the norm of the new x. Both [num_rows, features]."""
-        if self._is_compiled and x.is_contiguous() and delta.is_contiguous():
+        if self.is_compiled and x.is_contiguous() and delta.is_contiguous():
             return self._compiled(x, delta.data_ptr())
         return self(x.add_(delta))
+
+    def operation(self, x: Tensor, delta: Tensor | None, out: Tensor) -> Operation:
+        """`after_add`, or without a delta the norm alone, of as many rows as a step has."""
+        step = 0 if delta is None else delta.data_ptr()
+        values = (x.data_ptr(), step, self.address, out.data_ptr(), x.shape[-1], bits(self.eps))
+        return Operation("norm", norm_code(), arguments(*values))
 
     def _compiled(self, x: Tensor, delta: int) -> Tensor:
         out = torch.empty_like(x)

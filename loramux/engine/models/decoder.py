@@ -10,7 +10,6 @@ at sequence borders, through `ModelInput.attention`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,26 +22,16 @@ from loramux.engine.kernels.lora import LoraInput, SiteLanes
 from loramux.engine.kernels.tables import TableSegment, change_embedding, change_logits
 from loramux.engine.layers.linear import Linear, make_head, make_linear
 from loramux.engine.layers.norm import LayerNorm, Norm, RMSNorm
-from loramux.engine.layers.parts import LinearSite, Parts, ResidualNorm, SiteOutput, TorchParts
+from loramux.engine.layers.parts import LinearSite, Parts, SiteOutput, TorchParts
 from loramux.engine.layers.rotary import Rotary
 from loramux.engine.layers.vocabulary import Embedding, ShardedEmbedding, ShardedHead
 from loramux.engine.model_input import KeptRows, ModelInput
 from loramux.engine.models.families import HEAD_MODULE, Site
+from loramux.engine.models.layer import DecoderLayer
+from loramux.engine.models.recorded_layers import RecordedLayers, can_record
 from loramux.engine.models.weights import WeightSource, head_weight
 from loramux.engine.parallel.peers import Peers
 from loramux.engine.parallel.shard import SUMMED_SITES, Shard
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    norm_1: ResidualNorm
-    qkv: LinearSite
-    head_norms: tuple[RMSNorm, RMSNorm] | None  # of q's and k's heads
-    attn_out: LinearSite
-    norm_2: ResidualNorm
-    mlp_in: LinearSite
-    mlp_out: LinearSite
-    window: int | None
 
 
 class Decoder:
@@ -106,7 +95,14 @@ class Decoder:
         head = make_head(embedding if is_tied else self._load.vocabulary(name), quantization)
         self._lm_head = head if peers is None else ShardedHead(head, shard.whole.vocab_size, peers)
         checkpoint.check_all_used(may_remain=(f"{HEAD_MODULE}.weight",))
+        self._recorded: RecordedLayers | None = None
         self._activation = self._parts.activation(config.activation, is_gated=config.gated_mlp)
+
+    def record(self, caches: list[KVCache]) -> None:
+        """From now on compute layers in one call where that can be done; `caches` as for every `forward`."""
+        parts = (self._layers, self._norm, self._activation, self._attention)
+        if not self.config.post_norm and can_record(*parts):
+            self._recorded = RecordedLayers(*parts, caches)
 
     @property
     def needs_lengths(self) -> bool:
@@ -121,6 +117,9 @@ class Decoder:
         """
         x = self._embed(batch)
         angles = self._rotary.angles(batch.positions, batch.rope_lengths) if self._rotary else None
+        if self._recorded is not None and self._recorded.takes(batch):
+            hidden = self._recorded(x, angles, batch)
+            return self._project_out(hidden) if self._project_out is not None else hidden
         delta: SiteOutput = None  # the last sub-layer's output, not yet added to x
         last = self._layers[-1]
         for layer, cache in zip(self._layers, caches, strict=True):
@@ -152,7 +151,7 @@ class Decoder:
 
     def _run_layer(
         self,
-        layer: _Layer,
+        layer: DecoderLayer,
         x: Tensor,
         delta: SiteOutput,
         batch: ModelInput,
@@ -177,7 +176,7 @@ class Decoder:
 
     def _attend(
         self,
-        layer: _Layer,
+        layer: DecoderLayer,
         x: Tensor,
         batch: ModelInput,
         cache: KVCache,
@@ -191,7 +190,7 @@ class Decoder:
             return layer.attn_out(out, batch.lora)
         return layer.attn_out(out[kept.index], kept.lora)
 
-    def _mlp(self, layer: _Layer, x: Tensor, lora: LoraInput | GpuLoraInput | None) -> SiteOutput:
+    def _mlp(self, layer: DecoderLayer, x: Tensor, lora: LoraInput | GpuLoraInput | None) -> SiteOutput:
         return layer.mlp_out(self._activation(layer.mlp_in(x, lora)), lora)
 
 
@@ -220,13 +219,13 @@ class _WeightLoader:
         missing = self._shard.vocab_per_rank - num_rows
         return functional.pad(weight, (0, 0, 0, missing)) if missing else weight
 
-    def layer(self, index: int, lanes: LanePool) -> _Layer:
+    def layer(self, index: int, lanes: LanePool) -> DecoderLayer:
         c = self._config
         prefix = c.layer_prefix(index)
         qkv, attn_out, mlp_in, mlp_out = (
             self._site(prefix, site, lanes.site(index, site.name)) for site in c.sites
         )
-        return _Layer(
+        return DecoderLayer(
             norm_1=self._parts.norm(self.norm(prefix + c.norm_names[0])),
             qkv=qkv,
             head_norms=self._head_norms(prefix) if c.qk_norm else None,

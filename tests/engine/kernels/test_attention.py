@@ -118,6 +118,12 @@ def test_attention_equals_the_reference(
     run(backend(SHAPE), work, window)
 
 
+def test_each_dtype_of_a_process_has_code_of_its_own() -> None:
+    CpuAttention(replace(SHAPE, dtype=torch.bfloat16))
+
+    run(CpuAttention(SHAPE), WORK[4], None)
+
+
 def make_foreign(name: str, shape: AttentionShape, patch: pytest.MonkeyPatch) -> Attention:
     if name == "varlen":
         return VarlenAttention(shape, paged_libraries.varlen_attn)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
+from numba import njit
 
 from loramux.engine.kernels.cpu.attention_ir import score_rows, softmax_row, sum_values
 from loramux.engine.kernels.cpu.intrinsics import (
@@ -299,52 +299,4 @@ def _sum(
             table.ctypes.data,
             len(table),
             base + (sums + row * head_dim) * 4,
-        )
-
-
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def attend_parallel(
-    dtype: Dtype,
-    vectors: Size,
-    rows: Size,
-    score_size: Size,
-    score_blocks: Size,
-    value_size: Size,
-    group: int,
-    q: Address,
-    q_bytes: int,
-    k: Address,
-    v: Address,
-    out: Address,
-    block_ids: Ints,
-    tiles: Ints,
-    window: int,
-    scale: float,
-    kv_heads: int,
-    scratch: Floats,
-    bounds: Ints,
-) -> None:
-    """`attend_range` in several threads; thread i does items [bounds[i], bounds[i + 1])."""
-    for i in prange(len(bounds) - 1):
-        attend_range(
-            dtype,
-            vectors,
-            rows,
-            score_size,
-            score_blocks,
-            value_size,
-            group,
-            q,
-            q_bytes,
-            k,
-            v,
-            out,
-            block_ids,
-            tiles,
-            window,
-            scale,
-            kv_heads,
-            scratch[i],
-            bounds[i],
-            bounds[i + 1],
         )

@@ -16,10 +16,12 @@ from loramux.engine.kernels.attention import (
     KVCache,
     token_slots,
 )
-from loramux.engine.kernels.cpu.attention import Tile, attend_parallel, attend_range, scratch_size, tile_of
+from loramux.engine.kernels.cpu.attention import Tile, scratch_size, tile_of
 from loramux.engine.kernels.cpu.dtypes import TAGS, Ints, split_evenly
 from loramux.engine.kernels.cpu.intrinsics import BLOCK, units
 from loramux.engine.kernels.cpu.lazy_zeros import lazy_zeros
+from loramux.engine.kernels.cpu.operations import ATTEND_ARGUMENTS, attend_code, store_code
+from loramux.engine.kernels.cpu.recording import Call, Operation, StepState, arguments, bits
 from loramux.engine.kernels.cpu.rows import rotate_and_store, rotate_and_store_parallel
 from loramux.engine.kernels.cpu.threads import is_alone
 from loramux.engine.kernels.cpu.vector_ir import LANES
@@ -72,6 +74,8 @@ class CpuAttention:
         )
         self._threads = max(torch.get_num_threads(), 1)
         self._scratch = np.zeros((self._threads, 0), dtype=np.float32)
+        tiles = (self._decode, self._prompt)
+        self._calls = {tile: Call(self._attend_code(tile), ATTEND_ARGUMENTS, self._threads) for tile in tiles}
 
     def empty_cache(self, num_blocks: int) -> KVCache:
         """One layer's cache, zeroed."""
@@ -137,23 +141,65 @@ class CpuAttention:
         assert isinstance(plan, CpuAttentionInput)
         s = self._shape
         num_tokens = q.shape[0]
-        out = torch.empty((num_tokens, s.num_heads * s.head_dim), dtype=q.dtype)
+        out = torch.empty((num_tokens, self.out_features), dtype=q.dtype)
         for tiles in plan.lists:
-            t = tiles.tile
+            call = self._calls[tiles.tile]
             num_items = len(tiles.rows) * s.num_kv_heads
-            arguments = (
-                *(self._tag, self._vectors, t.rows, t.score_rows, t.score_blocks, t.value_rows, self._group),
-                *(q.data_ptr(), q.stride(0) * q.itemsize),
-                *(cache.k.data_ptr(), cache.v.data_ptr(), out.data_ptr()),
-                *(plan.block_ids, tiles.rows),
-                *(window or 0, np.float32(s.scale), s.num_kv_heads),
-            )
-            is_small = t is self._decode and (num_items < PARALLEL_ITEMS or is_alone(num_tokens))
-            if self._threads == 1 or is_small:
-                attend_range(*arguments, self._scratch[0], 0, num_items)
-            else:
-                attend_parallel(*arguments, self._scratch, tiles.bounds)
+            is_decode = tiles.tile is self._decode
+            self._tell(plan, tiles, call.state)
+            call.arguments[:] = self._attend_arguments(q, q.stride(0), cache, out, window)
+            alone = is_decode and (num_items < PARALLEL_ITEMS or is_alone(num_tokens))
+            call(alone=alone)
         return out
+
+    @property
+    def out_features(self) -> int:
+        """Of what `attend` yields: num_heads * head_dim."""
+        return self._shape.num_heads * self._shape.head_dim
+
+    def operations(
+        self,
+        qkv: Tensor,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+        cache: KVCache,
+        out: Tensor,
+        window: int | None,
+    ) -> tuple[Operation, Operation]:
+        """`store` and `attend` for steps in which all sequences decode, from `qkv` into `out`."""
+        s = self._shape
+        weights = (norms[0].address, norms[1].address, bits(norms[0].eps)) if norms is not None else (0, 0, 0)
+        stored = (qkv.data_ptr(), *weights, cache.k.data_ptr(), cache.v.data_ptr())
+        attended = self._attend_arguments(qkv, qkv.stride(0), cache, out, window)
+        return (
+            Operation(
+                "rotate, store", store_code(self._vectors), arguments(*stored, s.num_heads, s.num_kv_heads)
+            ),
+            Operation("attention", self._attend_code(self._decode), arguments(*attended)),
+        )
+
+    def describe(self, plan: AttentionInput, state: StepState) -> None:
+        """Tell `operations` of a step."""
+        assert isinstance(plan, CpuAttentionInput)
+        (tiles,) = plan.lists
+        assert tiles.tile is self._decode
+        state.slots = plan.slots.ctypes.data
+        self._tell(plan, tiles, state)
+
+    def _attend_code(self, tile: Tile) -> int:
+        return attend_code(self._tag, self._vectors, tile, self._group)
+
+    def _attend_arguments(
+        self, q: Tensor, stride: int, cache: KVCache, out: Tensor, window: int | None
+    ) -> tuple[int, ...]:
+        s = self._shape
+        tensors = (q.data_ptr(), stride * q.itemsize, cache.k.data_ptr(), cache.v.data_ptr(), out.data_ptr())
+        return (*tensors, window or 0, bits(s.scale), s.num_kv_heads)
+
+    def _tell(self, plan: CpuAttentionInput, tiles: TileList, state: StepState) -> None:
+        state.block_ids, state.num_block_ids = plan.block_ids.ctypes.data, len(plan.block_ids)
+        state.tiles, state.num_tiles = tiles.rows.ctypes.data, len(tiles.rows)
+        state.bounds = tiles.bounds.ctypes.data
+        state.attention_room, state.attention_room_size = self._scratch.ctypes.data, self._scratch.shape[1]
 
     def _prompt_tiles(self, layout: BatchLayout, first_block: Ints) -> TileList:
         n, size = layout.num_decode, self._prompt.tokens

@@ -26,6 +26,7 @@ import numba
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from loramux.engine.kernels.cpu.intrinsics import BFLOAT16, CACHE_LINE, FLOAT32, Dtype
@@ -51,26 +52,29 @@ from loramux.engine.kernels.cpu.product_strips import (
     SCRATCH_BYTES,
     multiply_strips,
 )
+from loramux.engine.kernels.cpu.recording import Call, operation_code
 from loramux.engine.kernels.cpu.threads import arrive, as_ints, ask, await_all, is_alone, team, wait
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
+_PRODUCT_ARGUMENTS: Final = 4  # of `product_code`
 PARALLEL_LANES: Final = 8  # of all groups together, from which a second thread pays for its waking
 
 
 class _Call(ctypes.Structure):
-    """What the calls of a step share, then what is set before each; addresses are integers."""
+    """What the calls of a step share, then what is set before each `add`; addresses are integers."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
             *("thread_num", "num_threads", "barrier", "give_way", "meeting"),
             *("groups", "num_groups", "sums", "totals", "widest", "scratch", "runs"),
-            *("site", "x", "out", "rows", "product"),
+            *("site", "x", "out"),
         )
     )
 
 
-_SIGNATURE: Final = types.void(types.CPointer(numba.from_dtype(np.dtype(_Call))))
+_CALL: Final = numba.from_dtype(np.dtype(_Call))
+_SIGNATURE: Final = types.void(types.CPointer(_CALL))
 
 
 class LoraKernel:
@@ -98,6 +102,8 @@ class LoraKernel:
         self.takes_prompts = dtype == torch.bfloat16 and has_pairs()
         functions = (0, 0, 0, 0) if threads is None else threads[1:]
         self._room = (*functions, self._meeting.ctypes.data)
+        self._multiply = Call(product_code(), _PRODUCT_ARGUMENTS, self._num_threads)
+        self._multiply.state.product_room = self._scratch.data_ptr()
 
     def plan(self, groups: Ints) -> LoraRows:
         """A step's rows.
@@ -115,11 +121,13 @@ class LoraKernel:
         alone = groups[:, RANK].sum() < PARALLEL_LANES
         address = ctypes.addressof(call)
         add = partial(self._run, self._work, address, 1 if alone else self._num_threads, 0)
+        return LoraRows(call, add, self, (table, runs, self._sums, self._totals))
 
-        def multiply(rows: int) -> None:
-            self._run(_multiply_code(), address, 1 if is_alone(rows) else self._num_threads, 0)
-
-        return LoraRows(call, add, multiply, (table, runs, self._sums, self._totals))
+    def multiply(self, rows: int, x: int, out: int, product: int, site: int, lora: int) -> None:
+        """Call `product_code` with these addresses; lora: of the `LoraRows`."""
+        self._multiply.arguments[:] = x, out, product, site
+        self._multiply.state.rows, self._multiply.state.lora = rows, lora
+        self._multiply(alone=is_alone(rows))
 
     def plan_prompts(self, groups: Ints) -> LoraPrompts:
         """A step's groups that are long enough for it; as for `plan`, if it `takes_prompts`."""
@@ -130,19 +138,20 @@ class LoraKernel:
 class LoraRows:
     """Tokens with an adapter, for the compiled kernel; the same at every site."""
 
-    __slots__ = ("_add", "_call", "_keep", "_multiply")
+    __slots__ = ("_add", "_call", "_keep", "_kernel", "address")
 
     def __init__(
         self,
         call: _Call,
         add: Callable[[], None],
-        multiply: Callable[[int], None],
+        kernel: LoraKernel,
         keep: tuple[Any, ...],
     ) -> None:
         self._call = call
         self._add = add
-        self._multiply = multiply
+        self._kernel = kernel
         self._keep = keep  # what the call has the addresses of
+        self.address = ctypes.addressof(call)  # for a `StepState`
 
     def add(self, out: Tensor, x: Tensor, site: int) -> None:
         """The module's equation, in place.
@@ -165,15 +174,9 @@ class LoraRows:
             x: [num_tokens, in_features], contiguous
             site: address of its `site_table`
         """
-        call = self._call
         rows = x.shape[0]
         out = torch.empty((rows, linear.out_features), dtype=x.dtype)
-        call.site = site
-        call.x = x.data_ptr()
-        call.out = out.data_ptr()
-        call.rows = rows
-        call.product = linear.address
-        self._multiply(rows)
+        self._kernel.multiply(rows, x.data_ptr(), out.data_ptr(), linear.address, site, self.address)
         return out
 
 
@@ -205,11 +208,12 @@ def _compiled(dtype: torch.dtype) -> int:
     return address
 
 
-@cache
-def _multiply_code() -> int:
-    """Address of the code that multiplies by a base weight, too."""
-    address: int = _load(_multiply_bfloat16).address
-    return address
+def product_code() -> int:
+    """Operation: `product.multiply` with the lanes' part added.
+
+    Arguments: x, out, a `PackedLinear`'s address, a `site_table`'s address.
+    """
+    return operation_code(_multiply_bfloat16)
 
 
 @cache
@@ -225,8 +229,21 @@ def _add_float32(call: Any) -> None:
     _add(FLOAT32, carray(call, 1)[0])
 
 
-def _multiply_bfloat16(call: Any) -> None:
-    _multiply(BFLOAT16, carray(call, 1)[0])
+def _multiply_bfloat16(values: Any, states: Any, thread: int, num_threads: int) -> None:
+    state = carray(states, 1)[0]
+    call = carray(_as_call(state.lora), 1)[0]
+    _multiply(BFLOAT16, carray(values, _PRODUCT_ARGUMENTS), state, call, thread, num_threads)
+
+
+@intrinsic
+def _as_call(typing: Any, address: Any) -> tuple[Any, Any]:
+    """An address as a pointer to a `_Call`, for `numba.carray`."""
+    kind = types.CPointer(_CALL)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), codegen
 
 
 @njit(cache=True, error_model="numpy")
@@ -252,26 +269,24 @@ def _add(dtype: Dtype, call: Any) -> None:
 
 
 @njit(cache=True, error_model="numpy")
-def _multiply(dtype: Dtype, call: Any) -> None:
+def _multiply(dtype: Dtype, values: Ints, state: Any, call: Any, thread: int, num_threads: int) -> None:
     """One thread's part of a site and of its base product."""
-    thread, num_threads = 0, 1
-    if call.num_threads:
-        thread, num_threads = ask(call.thread_num), ask(call.num_threads)
-    head = carray(as_ints(call.site), HEAD)
+    x, out, product, site, rows = values[0], values[1], values[2], values[3], state.rows
+    head = carray(as_ints(site), HEAD)
     a, in_features, stride, num_lanes, num_parts = head[0], head[1], head[2], head[4], head[5]
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
-    parts = carray(as_ints(call.site + HEAD * 8), (num_parts, 4))
+    parts = carray(as_ints(site + HEAD * 8), (num_parts, 4))
     groups = carray(as_ints(call.groups), (call.num_groups, 5))
-    linear = carray(as_ints(call.product), 7)
+    linear = carray(as_ints(product), 7)
     code, weight, scale, bias, bias_stride = linear[0], linear[1], linear[2], linear[3], linear[4]
     pairs, columns = linear[5], linear[6]
     twos = -(-columns // (2 * LANES))
     first, last = twos * thread // num_threads * 2, twos * (thread + 1) // num_threads * 2
     last = min(last, -(-columns // LANES))
-    place = call.scratch + thread * SCRATCH_BYTES
-    strips = (code, call.x, call.out, call.rows, weight, scale, bias, bias_stride, place, pairs, columns)
+    place = state.product_room + thread * SCRATCH_BYTES
+    strips = (code, x, out, rows, weight, scale, bias, bias_stride, place, pairs, columns)
     lanes = (a, in_features, stride, parts, ranks, groups)
-    asks = FEW_ROWS < call.rows <= PANEL_ROWS
+    asks = FEW_ROWS < rows <= PANEL_ROWS
     middle = min(first + (last - first + 3) // 4 * 2, last) if asks else first
     runs = carray(as_ints(call.runs), (num_threads, num_parts * call.num_groups, 2))[thread]
     for half in range(2):
@@ -279,12 +294,12 @@ def _multiply(dtype: Dtype, call: Any) -> None:
         num_runs = runs_to_read(dtype, *lanes, half, thread, num_threads, runs) if asks else 0
         _multiply_and_ask(strips, begin, end, runs[:num_runs])
         if half == 0:
-            shrink(dtype, call.x, *lanes, call.sums, thread, num_threads)
+            shrink(dtype, x, *lanes, call.sums, thread, num_threads)
             arrive(call.meeting)
     await_all(call.meeting, num_threads, call.give_way)
     totals = call.totals + thread * BLOCK * call.widest * 4
     begin, end = first * LANES, min(last * LANES, columns)
-    expand(dtype, call.out, parts, ranks, groups, call.sums, totals, begin, end)
+    expand(dtype, out, parts, ranks, groups, call.sums, totals, begin, end)
 
 
 @njit(cache=True, error_model="numpy")

@@ -143,6 +143,16 @@ def as_ints(typing: Any, address: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
+def as_floats(typing: Any, address: Any) -> tuple[Any, Any]:
+    """An address as a pointer to float32 numbers, for `numba.carray`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@intrinsic
 def add_atomic(typing: Any, address: Any, value: Any) -> tuple[Any, Any]:
     """Add to the 64-bit number at the address, for all threads to see; returns what it was before.
 

@@ -24,11 +24,12 @@ from loramux.engine.background import roam
 from loramux.engine.kernels.cpu.threads import bind
 
 def masks():
-    return sorted(sorted(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task"))
+    return sorted(sorted(os.sched_getaffinity(int(task))) for task in tasks)
 
 torch.set_num_threads(int(sys.argv[2]))
 torch.ones(1 << 20).exp()
 is_bound = bind()
+tasks = os.listdir("/proc/self/task")
 bound = masks()
 beside = []
 
