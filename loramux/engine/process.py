@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,13 @@ import msgspec
 import zmq
 
 from loramux.engine import log_format, messages
+from loramux.engine.background import roam, step_back
 from loramux.engine.busy import BusyFlag
 from loramux.engine.config import EngineConfig
 from loramux.engine.core import Engine
 from loramux.engine.errors import LoramuxError
+from loramux.engine.kernel_cache import remove_unused
+from loramux.engine.kernels.cpu import FOLDER
 from loramux.engine.messages import FromEngine, ToEngine
 from loramux.engine.types import FreedMemory
 
@@ -143,10 +147,18 @@ def main(address: str, config_json: str) -> int:
     engine.runner.bind_threads(server)
     gc.collect()
     gc.freeze()  # what start-up allocated is never scanned again
+    threading.Thread(target=_tidy_up, name="kernel-cache", daemon=True).start()
     EngineProcess(engine, pair, server).run()
     pair.close()
     context.term()
     return 0
+
+
+def _tidy_up() -> None:
+    """Remove compiled kernels of other versions, in nobody's way."""
+    roam()
+    step_back()
+    remove_unused(FOLDER)
 
 
 def _die_with_parent() -> None:

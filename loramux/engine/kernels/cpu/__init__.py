@@ -12,23 +12,30 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Final
 
 import numba
 
+from loramux.engine.kernel_cache import hold
+
 
 def cache_folder() -> Path:
-    """Where compiled kernels of exactly these sources are kept; a temporary one if none is writable."""
+    """Where compiled kernels of exactly these sources are kept; a temporary one if none is writable.
+
+    It is held from now on: see `loramux.engine.kernel_cache`.
+    """
     digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = home / "loramux" / f"kernels-{digest.hexdigest()[:16]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
         return Path(tempfile.mkdtemp(prefix="loramux-kernels-"))
 
 
-numba.config.CACHE_DIR = str(cache_folder())
+FOLDER: Final = cache_folder()
+numba.config.CACHE_DIR = str(FOLDER)
