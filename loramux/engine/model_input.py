@@ -64,6 +64,7 @@ class InputBuilder:
         self._lora_kernel = lora_kernel
         self._dtype = dtype
         self._device = device
+        self._last_lora: tuple[list[Segment], int, LoraInput | None] = ([], 0, None)
 
     def build(
         self,
@@ -113,7 +114,10 @@ class InputBuilder:
             for s in tables
             if s.tables.gains
         ]
-        return plan_lora(
+        last_segments, last_num_decode, plan = self._last_lora
+        if segments == last_segments and num_decode == last_num_decode and not gains:
+            return plan  # as in most steps: sequences go on decoding
+        plan = plan_lora(
             segments,
             num_decode,
             dtype=self._dtype,
@@ -121,6 +125,8 @@ class InputBuilder:
             kernel=self._lora_kernel,
             gains=gains,
         )
+        self._last_lora = ([], 0, None) if gains else (segments, num_decode, plan)
+        return plan
 
     def _kept(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from loramux.engine.adapters.lanes import LaneTable
+from loramux.engine.adapters.lanes import LaneSpan, LaneTable
 from loramux.engine.adapters.store import AdapterStore
 from loramux.engine.block_manager import BlockManager
 from loramux.engine.kernels.attention import (
@@ -206,3 +206,22 @@ def test_scheduler_and_builder_agree_on_the_token_order(
     assert inputs.rope_lengths is not None
     assert inputs.rope_lengths.tolist() == [5] * 5 + [9] * 7
     assert inputs.logits_index.tolist() == [4]  # "b" is still in the middle of its prompt
+
+
+def test_steps_share_a_lora_plan_while_the_same_rows_have_the_same_lanes() -> None:
+    builder = make_builder(TorchAttention(SHAPE))
+    blocks = BlockManager(BLOCKS, BLOCK)
+    seqs = [sequence(str(i), 5, blocks) for i in range(3)]
+
+    def plan(*firsts: int | None) -> object:
+        for seq, first in zip(seqs, firsts, strict=True):
+            seq.lanes = None if first is None else LaneSpan(first, 8, 8)
+        return builder.build(ScheduledBatch([ScheduledSequence(seq, 4, 1) for seq in seqs])).lora
+
+    first = plan(8, 16, 16)
+
+    assert first is not None
+    assert plan(8, 16, 16) is first
+    assert plan(8, 8, 16) is not first
+    assert plan(None, None, None) is None
+    assert plan(8, 16, 16) is not first
