@@ -124,6 +124,20 @@ def test_each_dtype_of_a_process_has_code_of_its_own() -> None:
     run(CpuAttention(SHAPE), WORK[4], None)
 
 
+@pytest.mark.parametrize("work", [WORK[1], WORK[5]], ids=["prompt", "decode"])
+def test_a_team_smaller_than_planned_computes_all(work: list[tuple[int, int]]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        attention = CpuAttention(SHAPE)
+    finally:
+        torch.set_num_threads(before)
+    for call in attention._calls.values():
+        call._num_threads = 2  # as OpenMP grants them under OMP_THREAD_LIMIT=2
+
+    run(attention, work, None)
+
+
 def make_foreign(name: str, shape: AttentionShape, patch: pytest.MonkeyPatch) -> Attention:
     if name == "varlen":
         return VarlenAttention(shape, paged_libraries.varlen_attn)

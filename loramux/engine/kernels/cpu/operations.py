@@ -64,10 +64,10 @@ def attend_code(dtype: Dtype, vectors: Size, tile: Tile, group: int) -> int:
 
     def attend(arguments: Any, states: Any, thread: int, num_threads: int) -> None:
         a, state = carray(arguments, ATTEND_ARGUMENTS), carray(states, 1)[0]
-        begin, end = 0, state.num_tiles * a[7]
-        if num_threads > 1:
-            bounds = carray(as_ints(state.bounds), num_threads + 1)
-            begin, end = bounds[thread], bounds[thread + 1]
+        bounds = carray(as_ints(state.bounds), num_threads)
+        begin, end = bounds[thread], state.num_tiles * a[7]
+        if thread + 1 < num_threads:  # the last one of a team that is smaller than planned does the rest
+            end = bounds[thread + 1]
         block_ids = carray(as_ints(state.block_ids), state.num_block_ids)
         tiles = carray(as_ints(state.tiles), (state.num_tiles, 4))
         room = state.attention_room + thread * state.attention_room_size * 4
