@@ -67,7 +67,7 @@ class _Call(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("thread_num", "num_threads", "barrier", "give_way", "meeting"),
-            *("groups", "num_groups", "sums", "totals", "widest", "scratch", "runs"),
+            *("groups", "num_groups", "sums", "totals", "widest", "runs"),
             *("site", "x", "out"),
         )
     )
@@ -115,7 +115,7 @@ class LoraKernel:
         if len(self._sums) < sums[-1] * self._num_parts:
             self._sums = np.zeros(2 * int(sums[-1]) * self._num_parts, dtype=np.float32)
         table = np.column_stack((groups, np.concatenate(([0], sums[:-1]))))
-        room = (self._sums.ctypes.data, self._totals.ctypes.data, self._widest, self._scratch.data_ptr())
+        room = (self._sums.ctypes.data, self._totals.ctypes.data, self._widest)
         runs = np.zeros(self._num_threads * self._num_parts * len(table) * 2, dtype=np.int64)
         call = _Call(*self._room, table.ctypes.data, len(table), *room, runs.ctypes.data)
         alone = groups[:, RANK].sum() < PARALLEL_LANES
