@@ -7,12 +7,9 @@ notices at once and says so to everybody who waits.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
-import signal
-import sys
 import threading
 import time
 from functools import partial
@@ -35,7 +32,6 @@ from loramux.engine.types import FreedMemory
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 class EngineProcess:
@@ -130,7 +126,6 @@ def main(address: str, config_json: str) -> int:
     """Connect, load the model, serve. Returns the exit code."""
     config = msgspec.json.decode(config_json, type=EngineConfig)
     log_format.set_up(logging.INFO, config.log_format, process="engine")
-    _die_with_parent()
     context = zmq.Context()
     pair: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     pair.set_hwm(0)
@@ -159,12 +154,3 @@ def _tidy_up() -> None:
     roam()
     step_back()
     remove_unused(FOLDER)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the server dies, however it dies."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit("the server ended while the engine was starting")
