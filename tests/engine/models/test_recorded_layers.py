@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loramux.engine.busy import BusyFlag
 from loramux.engine.core import Engine
 from loramux.engine.kernels.attention import KVCache
+from loramux.engine.kernels.cpu import threads
 from loramux.engine.kernels.cpu.product import is_available
 from loramux.engine.model_input import ModelInput
 from loramux.engine.models.decoder import Decoder
@@ -26,7 +28,7 @@ RANKS = [4, 8, 33]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 17},
-    "qwen2": {},  # biases
+    "qwen2": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1},  # and biases
     "qwen3": {},  # norms of q's and k's heads
 }
 
@@ -94,6 +96,24 @@ def test_steps_in_one_call_equal_those_by_layer(family: str, num_threads: int, t
 
     assert {1, 3, 20} <= set(both.rows)
     engine.close()
+
+
+@needs_pairs
+def test_layers_are_the_same_while_the_server_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_SERVERS", [])
+    flag = BusyFlag(tmp_path)
+    flag.put_up()
+    threads.heed(flag)  # the first thread walks alone, a layer at a time
+    engine = start(make_tiny("llama", tmp_path / "model", head_dim=32), num_threads=2, dtype="bfloat16")
+    both = both_ways(engine)
+
+    for i, adapter in enumerate([None, *load(engine, tmp_path)]):
+        engine.add_request(request(str(i), [1 + i, 2, 3], adapter, max_tokens=4))
+    finish(engine, {})
+
+    assert both.rows
+    engine.close()
+    flag.close()
 
 
 @needs_pairs
