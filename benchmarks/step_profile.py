@@ -162,7 +162,10 @@ def take_cycles(engine: Engine) -> dict[str, int]:
 
 def split_layers(phases: dict[str, float], cycles: dict[str, int]) -> dict[str, float]:
     """The time of the one call in place of that, by kind of operation, as its cycles are distributed."""
-    seconds, total = phases.pop(LAYERS, 0.0), sum(cycles.values())
+    total = sum(cycles.values())
+    if not total:
+        return phases
+    seconds = phases.pop(LAYERS)
     return phases | {kind: phases.get(kind, 0.0) + seconds * n / total for kind, n in cycles.items()}
 
 

@@ -1,7 +1,7 @@
 """All layers of a decode step in one call, where the CPU kernels know each part of them.
 
-The same kernels as layer by layer, so the same bits; Python's part of each falls away, and with it a third
-of the time in which memory is idle (ADR 0018). Steps with prompts, and models with other parts, are
+The same kernels as layer by layer, so the same bits; Python's part of each falls away, in which the other
+threads wait (ADR 0018). Steps with prompts, and models with other parts, are
 computed layer by layer.
 """
 
@@ -54,7 +54,8 @@ class RecordedLayers:
         gate_up, gated = _buffer(_width(mlp_in)), _buffer(_width(mlp_in) // 2)
         num_threads = torch.get_num_threads()
         room = scratch(num_threads)
-        self._keep = (normed, delta, projected, attended, gate_up, gated, room)  # operations have addresses
+        buffers = (normed, delta, projected, attended, gate_up, gated)
+        self._keep = (buffers, room, caches)  # operations have addresses
         self._recordings: list[Recording] = []  # of the base, and with lanes
         for with_lora in (False, True) if qkv.lanes is not None else (False,):
             operations: list[Operation] = []

@@ -53,7 +53,16 @@ from loramux.engine.kernels.cpu.product_strips import (
     multiply_strips,
 )
 from loramux.engine.kernels.cpu.recording import Call, operation_code
-from loramux.engine.kernels.cpu.threads import arrive, as_ints, ask, await_all, is_alone, team, wait
+from loramux.engine.kernels.cpu.threads import (
+    arrive,
+    as_ints,
+    ask,
+    await_all,
+    is_alone,
+    run_alone,
+    team,
+    wait,
+)
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 _PRODUCT_ARGUMENTS: Final = 4  # of `product_code`
@@ -89,7 +98,7 @@ class LoraKernel:
         num_threads: torch's, unless given
         """
         threads = team()
-        self._run = threads.run if threads is not None else _run_alone
+        self._run = threads.run if threads is not None else run_alone
         self._num_threads = 1 if threads is None else num_threads or torch.get_num_threads()
         self._work = _compiled(dtype)
         self._num_parts = num_parts
@@ -194,10 +203,6 @@ def site_table(a: Tensor, b: list[Tensor], ranks: Ints) -> Ints:
         table += [part.data_ptr(), offset, part.shape[1], part.stride(0)]
         offset += part.shape[1]
     return np.array(table, dtype=np.int64)
-
-
-def _run_alone(work: int, argument: int, num_threads: int, flags: int) -> None:
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)(argument)
 
 
 @cache

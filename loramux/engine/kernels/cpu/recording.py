@@ -10,6 +10,7 @@ for the others. On a GPU, CUDA graphs are for the same (`loramux.engine.cuda_gra
 from __future__ import annotations
 
 import ctypes
+import platform
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,7 +23,7 @@ from numba import carray, cfunc, types
 from numba.extending import intrinsic
 
 from loramux.engine.kernels.cpu.dtypes import Ints
-from loramux.engine.kernels.cpu.threads import as_ints, ask, team, wait
+from loramux.engine.kernels.cpu.threads import as_ints, ask, run_alone, team, wait
 
 
 class StepState(ctypes.Structure):
@@ -53,6 +54,7 @@ class _Walk(ctypes.Structure):
     )
 
 
+_HAS_COUNTER: Final = platform.machine() in ("x86_64", "AMD64")
 STATE: Final = numba.from_dtype(np.dtype(StepState))
 _OPERATION: Final = types.void(types.CPointer(types.int64), types.CPointer(STATE), types.int64, types.int64)
 _WALK: Final = types.void(types.CPointer(numba.from_dtype(np.dtype(_Walk))))
@@ -97,7 +99,7 @@ class Recording:
         self._cycles = np.zeros(len(self._kinds), dtype=np.int64)
         threads = team()
         self._num_threads = 1 if threads is None else num_threads
-        self._run = _run_alone if threads is None else threads.run
+        self._run = run_alone if threads is None else threads.run
         functions = (0, 0, 0, 0) if threads is None else threads[1:]
         where = (self._table.ctypes.data, self._cycles.ctypes.data, ctypes.addressof(self.state))
         self._call = _Walk(*functions, *where, 0, 0)
@@ -118,7 +120,10 @@ class Recording:
         self._run(self._walk, self._address, 1 if alone else self._num_threads, 0)
 
     def take_cycles(self) -> dict[str, int]:
-        """Cycles of the first thread by kind of operation since the last call, waiting included."""
+        """Cycles of the first thread by kind of operation since the last call, waiting included.
+
+        All 0 where the processor's counter may not be read.
+        """
         taken = dict(zip(self._kinds, self._cycles.tolist(), strict=True))
         self._cycles[:] = 0
         return taken
@@ -171,9 +176,11 @@ def _invoke(
 
 @intrinsic
 def _cycles(typing: Any) -> tuple[Any, Any]:
-    """The processor's counter."""
+    """The processor's counter; 0 where programs may not read it."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not _HAS_COUNTER:
+            return ir.Constant(ir.IntType(64), 0)
         kind = ir.FunctionType(ir.IntType(64), [])
         name = "llvm.readcyclecounter"
         counter = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
@@ -198,7 +205,3 @@ def _walk(call_address: Any) -> None:
             now = _cycles()
             cycles[table[index, 2]] += now - before
             before = now
-
-
-def _run_alone(work: int, argument: int, num_threads: int, flags: int) -> None:
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)(argument)

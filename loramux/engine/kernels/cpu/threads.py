@@ -56,6 +56,11 @@ def team() -> Team | None:
     return Team(run, *addresses)
 
 
+def run_alone(work: int, argument: int, num_threads: int, flags: int) -> None:
+    """`Team.run` where there is no team: call the function at this address."""
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)(argument)
+
+
 def use_threads(count: int) -> None:
     """So many compute in what the calling thread starts: torch's operations and numba's loops.
 
