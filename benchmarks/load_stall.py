@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="load_stall")
+    parser.add_argument("--name", default="load_stall-cpu")
     args = parser.parse_args()
     os.environ["LORAMUX_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     rng = random.Random(0)

@@ -13,6 +13,7 @@ import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, as the server starts its engine
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import random
 import statistics
