@@ -214,7 +214,7 @@ def _compiled(dtype: torch.dtype) -> int:
 
 
 def product_code() -> int:
-    """Operation: `product.multiply` with the lanes' part added.
+    """`operations.product_code` with the lanes' part added.
 
     Arguments: x, out, a `PackedLinear`'s address, a `site_table`'s address.
     """

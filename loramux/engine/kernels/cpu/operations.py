@@ -17,6 +17,7 @@ from loramux.engine.kernels.cpu.threads import as_floats, as_ints
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
 ATTEND_ARGUMENTS: Final = 8  # how many
+PRODUCT_ARGUMENTS: Final = 3
 
 
 def norm_code() -> int:
@@ -25,7 +26,7 @@ def norm_code() -> int:
 
 
 def product_code() -> int:
-    """`product.multiply`. Arguments: x, out, a `PackedLinear`'s address."""
+    """The equation of `product.py`. Arguments: x, out, a `PackedLinear`'s address."""
     return operation_code(_product)
 
 
@@ -87,7 +88,7 @@ def _norm(arguments: Any, states: Any, thread: int, num_threads: int) -> None:
 
 
 def _product(arguments: Any, states: Any, thread: int, num_threads: int) -> None:
-    a, state = carray(arguments, 3), carray(states, 1)[0]
+    a, state = carray(arguments, PRODUCT_ARGUMENTS), carray(states, 1)[0]
     linear = carray(as_ints(a[2]), 7)
     strips = -(-linear[6] // LANES)
     multiply_strips(

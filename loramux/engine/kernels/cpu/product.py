@@ -32,14 +32,11 @@ from numba import njit, prange
 from numba.core.codegen import get_host_cpu_features
 from torch import Tensor
 
-from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE, Address
+from loramux.engine.kernels.cpu.intrinsics import CACHE_LINE
+from loramux.engine.kernels.cpu.operations import PRODUCT_ARGUMENTS, product_code
 from loramux.engine.kernels.cpu.product_ir import STEP
-from loramux.engine.kernels.cpu.product_strips import (
-    NO_LANES,
-    SCRATCH_BYTES,
-    multiply_strips,
-    strips_code,
-)
+from loramux.engine.kernels.cpu.product_strips import SCRATCH_BYTES, strips_code
+from loramux.engine.kernels.cpu.recording import Call, arguments
 from loramux.engine.kernels.cpu.threads import is_alone
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
@@ -53,7 +50,7 @@ class PackedLinear:
     """A weight in strips, and the product with it."""
 
     __slots__ = (
-        *("_alone", "_bias", "_constants", "_packed", "_scale", "_scratch", "_table", "_threads"),
+        *("_bias", "_call", "_packed", "_scale", "_scratch", "_table"),
         *("address", "dtype", "out_features"),
     )
 
@@ -67,30 +64,30 @@ class PackedLinear:
         assert (scale is None) == (weight.dtype == torch.bfloat16)
         self.out_features, in_features = weight.shape
         self.dtype = weight.dtype
-        self._threads = max(torch.get_num_threads(), 1)
-        self._packed = _pack(weight, self._threads)
+        threads = max(torch.get_num_threads(), 1)
+        self._packed = _pack(weight, threads)
         if self._packed.nbytes < _ALONE_BYTES:
-            self._threads = 1
+            threads = 1
         self._bias = self._by_column(bias)
         self._scale = self._by_column(scale)
-        self._scratch = scratch(self._threads)
-        self._constants = (
-            strips_code(weight.dtype),
-            *(self._packed.data_ptr(), self._scale.data_ptr()),
+        self._scratch = scratch(threads)
+        self._table = arguments(
+            *(strips_code(weight.dtype), self._packed.data_ptr(), self._scale.data_ptr()),
             *(self._bias.data_ptr(), 0 if bias is None else CACHE_LINE),
-            *(self._scratch.data_ptr(), in_features // 2, self.out_features, self._threads),
+            *(in_features // 2, self.out_features),
         )
-        self._alone = (*self._constants[:-1], 1)
-        self._table = np.array([*self._constants[:5], *self._constants[6:8]], dtype=np.int64)
         self.address = self._table.ctypes.data  # of code, weight, scale, bias, its stride, pairs and columns
+        self._call = Call(product_code(), PRODUCT_ARGUMENTS, threads)
+        self._call.state.product_room = self._scratch.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [num_rows, in_features] bfloat16 → [num_rows, out_features]."""
         x = x.contiguous()
         rows = x.shape[0]
         out = torch.empty((rows, self.out_features), dtype=torch.bfloat16)
-        constants = self._alone if is_alone(rows) else self._constants
-        multiply(x.data_ptr(), out.data_ptr(), rows, *constants)
+        self._call.arguments[:] = x.data_ptr(), out.data_ptr(), self.address
+        self._call.state.rows = rows
+        self._call(alone=is_alone(rows))
         return out
 
     def _by_column(self, values: Tensor | None) -> Tensor:
@@ -170,43 +167,3 @@ def _interleave(rows: Pairs, packed: Pairs, threads: int) -> None:
                 for column in range(min(LANES, columns - first)):
                     quad, lane = column // _QUAD, column % _QUAD
                     packed[strip, line, quad, place, lane] = rows[first + column, pair]
-
-
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def multiply(
-    x: Address,
-    out: Address,
-    rows: int,
-    code: int,
-    weight: Address,
-    scale: Address,
-    bias: Address,
-    bias_stride: int,
-    scratch: Address,
-    pairs: int,
-    columns: int,
-    threads: int,
-) -> None:
-    """The module's equation.
-
-    Args:
-        code: `strips_code` of the weight
-        x: address of [rows, 2 * pairs] bfloat16; out: address of [rows, columns]
-        weight: address of the strips
-        scale: address of a float32 for each column, if the form has one
-        bias, bias_stride: address of a float32 for each column, and 64; or of sixteen zeros, and 0
-        scratch: address of memory for `threads` threads
-    """
-    strips = -(-columns // LANES)
-    if threads == 1:  # the others are not even woken
-        multiply_strips(
-            *(code, x, out, rows, weight, scale, bias, bias_stride, scratch),
-            *(pairs, columns, 0, strips, 0, 0, *NO_LANES),
-        )
-        return
-    for thread in prange(threads):
-        multiply_strips(
-            *(code, x, out, rows, weight, scale, bias, bias_stride, scratch + thread * SCRATCH_BYTES),
-            *(pairs, columns, strips * thread // threads, strips * (thread + 1) // threads, 0, 0),
-            *NO_LANES,
-        )

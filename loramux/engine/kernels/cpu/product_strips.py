@@ -88,10 +88,14 @@ def multiply_strips(
     lanes_stride: Any,
     rank: Any,
 ) -> tuple[Any, Any]:
-    """The strips [first, last) of `product.multiply`; meanwhile ask for [spare, spare_end), read next.
+    """The strips [first, last) of a product; meanwhile ask for [spare, spare_end), read next.
 
     Args:
         code: `strips_code` of the weight
+        x: address of [num_rows, 2 * pairs] bfloat16; out: address of [num_rows, columns]
+        weight: address of the strips
+        scale: address of a float32 for each column, if the form has one
+        bias, bias_stride: address of a float32 for each column, and 64; or of sixteen zeros, and 0
         scratch: address of SCRATCH_BYTES
         dots, dots_stride: of all rows, in bytes, with which k goes on
         lanes, lanes_stride: of all strips, in bytes

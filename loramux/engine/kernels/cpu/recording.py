@@ -48,7 +48,7 @@ class _Walk(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("thread_num", "num_threads", "barrier", "give_way"),
+            *("thread_num", "num_threads", "barrier"),
             *("operations", "cycles", "state", "first", "last"),
         )
     )
@@ -100,7 +100,7 @@ class Recording:
         threads = team()
         self._num_threads = 1 if threads is None else num_threads
         self._run = run_alone if threads is None else threads.run
-        functions = (0, 0, 0, 0) if threads is None else threads[1:]
+        functions = (0, 0, 0) if threads is None else threads[1:4]
         where = (self._table.ctypes.data, self._cycles.ctypes.data, ctypes.addressof(self.state))
         self._call = _Walk(*functions, *where, 0, 0)
         self._address = ctypes.addressof(self._call)
