@@ -18,14 +18,12 @@ first half asks for A, its second one for B.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache, partial
 from typing import Any, Final
 
 import numba
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -53,37 +51,27 @@ from loramux.engine.kernels.cpu.product_strips import (
     multiply_strips,
 )
 from loramux.engine.kernels.cpu.recording import Call, operation_code
-from loramux.engine.kernels.cpu.threads import (
-    arrive,
-    as_ints,
-    ask,
-    await_all,
-    is_alone,
-    run_alone,
-    team,
-    wait,
-)
+from loramux.engine.kernels.cpu.threads import arrive, as_ints, await_all, is_alone, team, wait
 from loramux.engine.kernels.cpu.vector_ir import LANES
 
+_ADD_ARGUMENTS: Final = 3  # of `_add_code`
 _PRODUCT_ARGUMENTS: Final = 4  # of `product_code`
 PARALLEL_LANES: Final = 8  # of all groups together, from which a second thread pays for its waking
 
 
-class _Call(ctypes.Structure):
-    """What the calls of a step share, then what is set before each `add`; addresses are integers."""
+class _Rows(ctypes.Structure):
+    """What all sites of a step share; addresses are integers."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("thread_num", "num_threads", "barrier", "give_way", "meeting"),
+            *("barrier", "give_way", "meeting"),
             *("groups", "num_groups", "sums", "totals", "widest", "runs"),
-            *("site", "x", "out"),
         )
     )
 
 
-_CALL: Final = numba.from_dtype(np.dtype(_Call))
-_SIGNATURE: Final = types.void(types.CPointer(_CALL))
+_ROWS: Final = numba.from_dtype(np.dtype(_Rows))
 
 
 class LoraKernel:
@@ -98,9 +86,7 @@ class LoraKernel:
         num_threads: torch's, unless given
         """
         threads = team()
-        self._run = threads.run if threads is not None else run_alone
         self._num_threads = 1 if threads is None else num_threads or torch.get_num_threads()
-        self._work = _compiled(dtype)
         self._num_parts = num_parts
         self._widest = widest
         self._sums = np.zeros(0, dtype=np.float32)
@@ -109,10 +95,13 @@ class LoraKernel:
         self._meeting = np.zeros(16, dtype=np.int64)
         self._room_of_prompts = torch.empty(0, dtype=torch.uint8)
         self.takes_prompts = dtype == torch.bfloat16 and has_pairs()
-        functions = (0, 0, 0, 0) if threads is None else threads[1:]
+        functions = (0, 0) if threads is None else (threads.barrier, threads.give_way)
         self._room = (*functions, self._meeting.ctypes.data)
-        self._multiply = Call(product_code(), _PRODUCT_ARGUMENTS, self._num_threads)
-        self._multiply.state.product_room = self._scratch.data_ptr()
+        self._add = Call(_add_code(dtype), _ADD_ARGUMENTS, self._num_threads)
+        self._multiply: Call | None = None
+        if self.takes_prompts:
+            self._multiply = Call(product_code(), _PRODUCT_ARGUMENTS, self._num_threads)
+            self._multiply.state.product_room = self._scratch.data_ptr()
 
     def plan(self, groups: Ints) -> LoraRows:
         """A step's rows.
@@ -126,14 +115,19 @@ class LoraKernel:
         table = np.column_stack((groups, np.concatenate(([0], sums[:-1]))))
         room = (self._sums.ctypes.data, self._totals.ctypes.data, self._widest)
         runs = np.zeros(self._num_threads * self._num_parts * len(table) * 2, dtype=np.int64)
-        call = _Call(*self._room, table.ctypes.data, len(table), *room, runs.ctypes.data)
-        alone = groups[:, RANK].sum() < PARALLEL_LANES
-        address = ctypes.addressof(call)
-        add = partial(self._run, self._work, address, 1 if alone else self._num_threads, 0)
-        return LoraRows(call, add, self, (table, runs, self._sums, self._totals))
+        rows = _Rows(*self._room, table.ctypes.data, len(table), *room, runs.ctypes.data)
+        is_small = bool(groups[:, RANK].sum() < PARALLEL_LANES)
+        return LoraRows(self, rows, (table, runs, self._sums, self._totals), is_small=is_small)
+
+    def add(self, x: int, out: int, site: int, lora: int, *, alone: bool) -> None:
+        """Call `_add_code` with these addresses; lora: of the `LoraRows`."""
+        self._add.arguments[:] = x, out, site
+        self._add.state.lora = lora
+        self._add(alone=alone)
 
     def multiply(self, rows: int, x: int, out: int, product: int, site: int, lora: int) -> None:
         """Call `product_code` with these addresses; lora: of the `LoraRows`."""
+        assert self._multiply is not None
         self._multiply.arguments[:] = x, out, product, site
         self._multiply.state.rows, self._multiply.state.lora = rows, lora
         self._multiply(alone=is_alone(rows))
@@ -147,20 +141,13 @@ class LoraKernel:
 class LoraRows:
     """Tokens with an adapter, for the compiled kernel; the same at every site."""
 
-    __slots__ = ("_add", "_call", "_keep", "_kernel", "address")
+    __slots__ = ("_is_small", "_keep", "_kernel", "address")
 
-    def __init__(
-        self,
-        call: _Call,
-        add: Callable[[], None],
-        kernel: LoraKernel,
-        keep: tuple[Any, ...],
-    ) -> None:
-        self._call = call
-        self._add = add
+    def __init__(self, kernel: LoraKernel, rows: _Rows, keep: tuple[Any, ...], *, is_small: bool) -> None:
         self._kernel = kernel
-        self._keep = keep  # what the call has the addresses of
-        self.address = ctypes.addressof(call)  # for a `StepState`
+        self._keep = (rows, keep)  # and what it has the addresses of
+        self._is_small = is_small
+        self.address = ctypes.addressof(rows)  # for a `StepState`
 
     def add(self, out: Tensor, x: Tensor, site: int) -> None:
         """The module's equation, in place.
@@ -170,11 +157,7 @@ class LoraRows:
             x: [num_tokens, in_features], contiguous
             site: address of its `site_table`
         """
-        call = self._call
-        call.site = site
-        call.x = x.data_ptr()
-        call.out = out.data_ptr()
-        self._add()
+        self._kernel.add(x.data_ptr(), out.data_ptr(), site, self.address, alone=self._is_small)
 
     def multiply(self, linear: PackedLinear, x: Tensor, site: int) -> Tensor:
         """The base output with the module's equation added: what `linear(x)` and then `add` yield.
@@ -205,12 +188,9 @@ def site_table(a: Tensor, b: list[Tensor], ranks: Ints) -> Ints:
     return np.array(table, dtype=np.int64)
 
 
-@cache
-def _compiled(dtype: torch.dtype) -> int:
-    """Address of the code for one dtype; it stays loaded."""
-    function = {torch.bfloat16: _add_bfloat16, torch.float32: _add_float32}[dtype]
-    address: int = _load(function).address
-    return address
+def _add_code(dtype: torch.dtype) -> int:
+    """Operation: the module's equation, in place. Arguments: x, out, a `site_table`'s address."""
+    return operation_code({torch.bfloat16: _add_bfloat16, torch.float32: _add_float32}[dtype])
 
 
 def product_code() -> int:
@@ -221,29 +201,26 @@ def product_code() -> int:
     return operation_code(_multiply_bfloat16)
 
 
-@cache
-def _load(function: Callable[[Any], None]) -> Any:
-    return cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+def _add_bfloat16(values: Any, states: Any, thread: int, num_threads: int) -> None:
+    shared = carray(_as_rows(carray(states, 1)[0].lora), 1)[0]
+    _add(BFLOAT16, carray(values, _ADD_ARGUMENTS), shared, thread, num_threads)
 
 
-def _add_bfloat16(call: Any) -> None:
-    _add(BFLOAT16, carray(call, 1)[0])
-
-
-def _add_float32(call: Any) -> None:
-    _add(FLOAT32, carray(call, 1)[0])
+def _add_float32(values: Any, states: Any, thread: int, num_threads: int) -> None:
+    shared = carray(_as_rows(carray(states, 1)[0].lora), 1)[0]
+    _add(FLOAT32, carray(values, _ADD_ARGUMENTS), shared, thread, num_threads)
 
 
 def _multiply_bfloat16(values: Any, states: Any, thread: int, num_threads: int) -> None:
     state = carray(states, 1)[0]
-    call = carray(_as_call(state.lora), 1)[0]
-    _multiply(BFLOAT16, carray(values, _PRODUCT_ARGUMENTS), state, call, thread, num_threads)
+    shared = carray(_as_rows(state.lora), 1)[0]
+    _multiply(BFLOAT16, carray(values, _PRODUCT_ARGUMENTS), state, shared, thread, num_threads)
 
 
 @intrinsic
-def _as_call(typing: Any, address: Any) -> tuple[Any, Any]:
-    """An address as a pointer to a `_Call`, for `numba.carray`."""
-    kind = types.CPointer(_CALL)
+def _as_rows(typing: Any, address: Any) -> tuple[Any, Any]:
+    """An address as a pointer to `_Rows`, for `numba.carray`."""
+    kind = types.CPointer(_ROWS)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(kind))
@@ -252,36 +229,34 @@ def _as_call(typing: Any, address: Any) -> tuple[Any, Any]:
 
 
 @njit(cache=True, error_model="numpy")
-def _add(dtype: Dtype, call: Any) -> None:
+def _add(dtype: Dtype, values: Ints, shared: Any, thread: int, num_threads: int) -> None:
     """One thread's part of a site."""
-    thread, num_threads = 0, 1
-    if call.num_threads:
-        thread, num_threads = ask(call.thread_num), ask(call.num_threads)
-    head = carray(as_ints(call.site), HEAD)
+    x, out, site = values[0], values[1], values[2]
+    head = carray(as_ints(site), HEAD)
     a, in_features, stride, num_lanes, num_parts = head[0], head[1], head[2], head[4], head[5]
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
-    parts = carray(as_ints(call.site + HEAD * 8), (num_parts, 4))
-    groups = carray(as_ints(call.groups), (call.num_groups, 5))
-    shrink(dtype, call.x, a, in_features, stride, parts, ranks, groups, call.sums, thread, num_threads)
+    parts = carray(as_ints(site + HEAD * 8), (num_parts, 4))
+    groups = carray(as_ints(shared.groups), (shared.num_groups, 5))
+    shrink(dtype, x, a, in_features, stride, parts, ranks, groups, shared.sums, thread, num_threads)
     if num_threads > 1:
-        wait(call.barrier)
-    totals = call.totals + thread * BLOCK * call.widest * 4
+        wait(shared.barrier)
+    totals = shared.totals + thread * BLOCK * shared.widest * 4
     out_features = parts[num_parts - 1, OFFSET] + parts[num_parts - 1, WIDTH]
     lines = out_features // LINE
     begin = lines * thread // num_threads * LINE
     end = lines * (thread + 1) // num_threads * LINE if thread + 1 < num_threads else out_features
-    expand(dtype, call.out, parts, ranks, groups, call.sums, totals, begin, end)
+    expand(dtype, out, parts, ranks, groups, shared.sums, totals, begin, end)
 
 
 @njit(cache=True, error_model="numpy")
-def _multiply(dtype: Dtype, values: Ints, state: Any, call: Any, thread: int, num_threads: int) -> None:
+def _multiply(dtype: Dtype, values: Ints, state: Any, shared: Any, thread: int, num_threads: int) -> None:
     """One thread's part of a site and of its base product."""
     x, out, product, site, rows = values[0], values[1], values[2], values[3], state.rows
     head = carray(as_ints(site), HEAD)
     a, in_features, stride, num_lanes, num_parts = head[0], head[1], head[2], head[4], head[5]
     ranks = carray(as_ints(head[3]), (num_parts, num_lanes))
     parts = carray(as_ints(site + HEAD * 8), (num_parts, 4))
-    groups = carray(as_ints(call.groups), (call.num_groups, 5))
+    groups = carray(as_ints(shared.groups), (shared.num_groups, 5))
     linear = carray(as_ints(product), 7)
     code, weight, scale, bias, bias_stride = linear[0], linear[1], linear[2], linear[3], linear[4]
     pairs, columns = linear[5], linear[6]
@@ -293,18 +268,18 @@ def _multiply(dtype: Dtype, values: Ints, state: Any, call: Any, thread: int, nu
     lanes = (a, in_features, stride, parts, ranks, groups)
     asks = FEW_ROWS < rows <= PANEL_ROWS
     middle = min(first + (last - first + 3) // 4 * 2, last) if asks else first
-    runs = carray(as_ints(call.runs), (num_threads, num_parts * call.num_groups, 2))[thread]
+    runs = carray(as_ints(shared.runs), (num_threads, num_parts * shared.num_groups, 2))[thread]
     for half in range(2):
         begin, end = (middle, last) if half else (first, middle)
         num_runs = runs_to_read(dtype, *lanes, half, thread, num_threads, runs) if asks else 0
         _multiply_and_ask(strips, begin, end, runs[:num_runs])
         if half == 0:
-            shrink(dtype, x, *lanes, call.sums, thread, num_threads)
-            arrive(call.meeting)
-    await_all(call.meeting, num_threads, call.give_way)
-    totals = call.totals + thread * BLOCK * call.widest * 4
+            shrink(dtype, x, *lanes, shared.sums, thread, num_threads)
+            arrive(shared.meeting)
+    await_all(shared.meeting, num_threads, shared.give_way)
+    totals = shared.totals + thread * BLOCK * shared.widest * 4
     begin, end = first * LANES, min(last * LANES, columns)
-    expand(dtype, out, parts, ranks, groups, call.sums, totals, begin, end)
+    expand(dtype, out, parts, ranks, groups, shared.sums, totals, begin, end)
 
 
 @njit(cache=True, error_model="numpy")
